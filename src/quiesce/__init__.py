@@ -1,0 +1,8 @@
+"""Quiesce: post-training quantization to 2-4 bits that measures reconstruction oscillation and removes it."""
+
+from quiesce.errors import QuiesceError
+from quiesce.pipeline import QuantizedModel, load, quantize
+from quiesce.recipe import Recipe
+from quiesce.result import Result
+
+__all__ = ["QuantizedModel", "QuiesceError", "Recipe", "Result", "load", "quantize"]

@@ -1,0 +1,489 @@
+"""The command line: reads names and files, calls the library, shows progress and tables."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
+from quiesce.recipe import GRANULARITIES, PRESETS, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from quiesce.pipeline import Analysis
+    from quiesce.result import Result, Run
+
+NONE = "–"
+_MODEL = "timm:NAME, torchvision:NAME, module.path:callable (runs your code), or FILE.pt2 (with --trust)."
+_DATA = "an image folder, an .npz (x or images, y or labels), or module.path:callable (runs your code)"
+
+app = typer.Typer(
+    help="Quantize PyTorch networks to 2-8 bits; measure and remove the oscillation of their reconstruction loss.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_RECIPE, _IMAGES, _NETWORK = "Recipe", "Preparation of images (default: the model's own)", "Parameters of MODEL"
+
+
+def _option(help_text: str, metavar: str | None, *names: str, panel: str = "Options", **more: Any) -> Any:
+    return typer.Option(*names, help=help_text, metavar=metavar, rich_help_panel=panel, **more)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that quantize or demo has written.")]
+Out = Annotated[Path, _option("Folder for the results; made by this command.", "DIR")]
+Force = Annotated[bool, _option("Replace earlier results in the output folder.", None, "--force")]
+Seed = Annotated[int, _option("Seed of everything random.", "N", min=0)]
+Device = Annotated[str | None, _option("Such as cuda:1.", "NAME", show_default="cuda if there is one, else cpu")]
+Calibration = Annotated[str, _option(f"Images to fit on, labels unused: {_DATA}.", "DATA")]
+Evaluation = Annotated[str | None, _option("Images to measure on, in the same forms.", "DATA")]
+Data = Annotated[str, _option(f"Images to measure on: {_DATA}.", "DATA")]
+CalibrationImages = Annotated[int, _option("Most calibration images to use.", "N", min=1)]
+EvaluationImages = Annotated[int | None, _option("Most evaluation images to use.", "N", min=1, show_default="all")]
+ImageSeed = Annotated[int, _option("Picks the images when --images is given.", "N", min=0)]
+BatchSize = Annotated[int, _option("Images per forward pass; does not change the result.", "N", min=1)]
+InputShape = Annotated[str | None, _option("Shape of one input, where MODEL does not say it.", "C,H,W")]
+Json = Annotated[Path | None, _option("Write the numbers there.", "FILE", "--json")]
+
+RecipeFile = Annotated[Path | None, _option("Settings from TOML; options beside it win.", "FILE", panel=_RECIPE)]
+Preset = Annotated[
+    str | None, _option(f"Start from {', '.join(PRESETS)}.", "NAME", panel=_RECIPE, show_default="qdrop")
+]
+WeightBits = Annotated[int | None, _option("Bits of weights, 2-8.", "N", panel=_RECIPE, show_default="4")]
+ActivationBits = Annotated[str | None, _option("Bits of activations, 2-8.", "N|float", panel=_RECIPE, show_default="4")]
+Granularity = Annotated[
+    str | None,
+    _option(
+        f"What is optimized jointly: {', '.join(GRANULARITIES)}.", "NAME", panel=_RECIPE, show_default="the preset's"
+    ),
+]
+CapacityGranularity = Annotated[
+    str | None,
+    _option("How merges are chosen: modcap or scheme.", "NAME", panel=_RECIPE, show_default="modcap"),
+]
+Steps = Annotated[
+    int | None, _option("Optimization steps for each module.", "N", panel=_RECIPE, show_default="the preset's")
+]
+RecipeSeed = Annotated[
+    int | None, _option("Seed of everything random.", "N", "--seed", panel=_RECIPE, show_default="0")
+]
+Settings = Annotated[
+    list[str] | None,
+    _option("Any key of a recipe file, such as granularity.k=3. Repeatable.", "KEY=VALUE", "--set", panel=_RECIPE),
+]
+
+Weights = Annotated[
+    str | None,
+    _option(
+        "A .safetensors, .pt or .pth state dict, or 'random'.",
+        "FILE|random",
+        panel=_NETWORK,
+        show_default="the library's pretrained ones",
+    ),
+]
+WeightsByOrder = Annotated[
+    bool, _option("Take the file's tensors in order, whatever their names.", None, "--weights-by-order", panel=_NETWORK)
+]
+Trust = Annotated[bool, _option("Read a .pt2 file, which can run code stored in it.", None, "--trust", panel=_NETWORK)]
+
+Resize = Annotated[str | None, _option("Pixels of the shorter side, or height,width.", "N|H,W|none", panel=_IMAGES)]
+Crop = Annotated[str | None, _option("Pixels of the central crop.", "N|H,W", panel=_IMAGES)]
+Mean = Annotated[str | None, _option("Subtracted per channel, of pixels in 0-1.", "R,G,B", panel=_IMAGES)]
+Std = Annotated[str | None, _option("Divided by per channel.", "R,G,B", panel=_IMAGES)]
+Interpolation = Annotated[
+    str | None, _option("Of resizing: nearest, bilinear, bicubic or lanczos.", "NAME", panel=_IMAGES)
+]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. An error of the user's is one line on stderr and exit code 1."""
+    try:
+        app(arguments)
+    except QuiesceError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quiesce {metadata.version('quiesce')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Compare the methods on a small network and images that come with the package."""
+    from quiesce.demo.run import run_demo
+    from quiesce.outputs import output_folder
+
+    with output_folder(out, force=force) as folder, _progress() as progress:
+        result = run_demo(folder, seed, progress)
+    _show_results(result, out)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    calibration: Calibration,
+    out: Out,
+    evaluate: Evaluation = None,
+    preset: Preset = None,
+    recipe: RecipeFile = None,
+    weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    granularity: Granularity = None,
+    steps: Steps = None,
+    seed: RecipeSeed = None,
+    settings: Settings = None,
+    images: CalibrationImages = 1024,
+    evaluate_images: EvaluationImages = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    weights: Weights = None,
+    weights_by_order: WeightsByOrder = False,
+    trust: Trust = False,
+    device: Device = None,
+    force: Force = False,
+) -> None:
+    """Quantize MODEL, and write the network, its result, its recipe and a report to a folder."""
+    # All that can be wrong is looked at before anything slow is done.
+    from quiesce.outputs import check_free, output_folder
+
+    check_free(out, force)
+    chosen = read_recipe(
+        recipe,
+        preset,
+        settings or [],
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        granularity=granularity,
+        steps=steps,
+        seed=seed,
+    )
+    place = _device(device)
+    preparation = _preprocessing_options(resize, crop, mean, std, interpolation)
+
+    from quiesce import quantize as quantize_model
+    from quiesce.data import load_data
+    from quiesce.models import load_model
+    from quiesce.preprocess import override
+    from quiesce.report.html import write_report
+
+    loaded = load_model(model, weights=weights, by_order=weights_by_order, trust=trust)
+    preprocessing = override(loaded.preprocessing, **preparation)
+    samples = load_data(calibration, preprocessing, limit=images, seed=chosen.seed)
+    test = None
+    if evaluate is not None:
+        test = load_data(evaluate, preprocessing, limit=evaluate_images, seed=chosen.seed, what="evaluation")
+    with _progress() as progress:
+        quantized = quantize_model(
+            loaded.model,
+            samples,
+            chosen,
+            evaluate=test,
+            device=place,
+            progress=progress,
+            name=loaded.name,
+            preprocessing=None if preprocessing is None else preprocessing.to_dict(),
+        )
+    with output_folder(out, force=force) as folder:
+        quantized.save(folder)
+        write_report(quantized.result, folder / "report.html")
+    _show_results(quantized.result, out)
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    data: Data,
+    images: EvaluationImages = None,
+    batch_size: BatchSize = 64,
+    seed: ImageSeed = 0,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    device: Device = None,
+) -> None:
+    """Measure a saved network on labelled images, prepared as the network's own preprocessing says."""
+    place = _device(device)
+    preparation = _preprocessing_options(resize, crop, mean, std, interpolation)
+
+    import quiesce
+    from quiesce.data import load_data
+    from quiesce.evaluate import evaluate as measure
+    from quiesce.preprocess import Preprocessing, override
+
+    quantized = quiesce.load(folder)
+    stored = quantized.preprocessing
+    preprocessing = override(None if stored is None else Preprocessing.from_dict(stored), **preparation)
+    samples = load_data(data, preprocessing, limit=images, seed=seed, what="evaluation")
+    try:
+        metrics = measure(quantized.to(place), samples.to(place), batch_size=batch_size)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"the network of {folder} can't be run on {data} ({reason}); give data as it was made for."
+        ) from error
+    table = Table("network", "images", "top-1 %", title=f"{folder}")
+    table.add_row(quantized.result.model, str(metrics.images), _fixed(metrics.top1, 2))
+    _print(table)
+    if metrics.top1 is None:
+        _print("The data has no labels, so there is no top-1.")
+
+
+@app.command()
+def analyze(
+    model: Model,
+    input_shape: InputShape = None,
+    recipe: RecipeFile = None,
+    weight_bits: WeightBits = None,
+    granularity: CapacityGranularity = None,
+    settings: Settings = None,
+    trust: Trust = False,
+    json_file: Json = None,
+) -> None:
+    """Show the blocks of MODEL, their capacities, and the merges these imply, without optimizing anything.
+
+    Capacities depend on shapes and bits only, so no pretrained weights are loaded.
+    """
+    if granularity not in (None, "modcap", "scheme"):
+        raise RecipeError(f"--granularity {granularity!r} needs optimization; analyze takes modcap or scheme.")
+    method = granularity if granularity or recipe else "modcap"
+    chosen = read_recipe(recipe, None, settings or [], weight_bits=weight_bits, granularity=method)
+    given = _numbers("--input-shape", input_shape, int)
+    if given is not None and min(given) < 1:
+        raise DataError(f"--input-shape is {input_shape!r}; give numbers above 0, without the batch.")
+
+    import torch
+
+    from quiesce.data import Samples
+    from quiesce.models import RANDOM, load_model
+    from quiesce.outputs import write_text
+    from quiesce.pipeline import analyze as analyze_model
+
+    library = model.startswith(("timm:", "torchvision:"))
+    loaded = load_model(model, weights=RANDOM if library else None, trust=trust)
+    shape = given or loaded.input_shape
+    if shape is None:
+        raise DataError(f"the input shape of {loaded.name} is not known; give --input-shape, such as 3,224,224.")
+    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    analysis = analyze_model(loaded.model, Samples((example,)), chosen)
+    if json_file is not None:
+        write_text(json_file, json.dumps(asdict(analysis), indent=2) + "\n")
+    _print(_analysis_table(analysis, loaded.name))
+
+
+@app.command()
+def report(
+    folder: Folder,
+) -> None:
+    """Write DIR/report.html again from DIR/result.json."""
+    from quiesce.report.html import write_report
+    from quiesce.result import Result
+
+    _print(f"{write_report(Result.read(folder / 'result.json'), folder / 'report.html')}")
+
+
+def read_recipe(file: Path | None, preset: str | None, settings: list[str], **options: Any) -> Recipe:
+    """Return the recipe of ``file`` or of ``preset``, with ``KEY=VALUE`` settings and then options (not None) on top.
+
+    Raises:
+        RecipeError: an unknown or contradicting setting, or a value out of range.
+    """
+    if file is not None and preset is not None:
+        raise RecipeError("--recipe and --preset both say where to start; give one (a file may name a preset itself).")
+    base = Recipe.from_toml(file) if file is not None else Recipe.preset(preset or "qdrop")
+    given = {key: value for key, value in options.items() if value is not None}
+    if "activation_bits" in given:
+        given["activation_bits"] = _bits(given["activation_bits"])
+    return base.with_settings(**(dict(_setting(s) for s in settings) | given))
+
+
+def _bits(text: str) -> int | str:
+    if text == "float":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise RecipeError(f"--activation-bits is {text!r}; give a whole number from 2 to 8, or 'float'.") from error
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Split ``key=value``. A bare word is a string, as quotes rarely survive a shell."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key:
+        raise RecipeError(f"--set {text!r} is not of the form key=value.")
+    if re.fullmatch(r"[A-Za-z][\w-]*", value) and value not in ("true", "false", "nan", "inf"):
+        return key, value
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"the value of --set {text!r} is not valid TOML ({error}).") from error
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {name!r} can't be used ({str(error).splitlines()[0]}); give --device cpu.") from error
+    return device
+
+
+def _preprocessing_options(
+    resize: str | None, crop: str | None, mean: str | None, std: str | None, interpolation: str | None
+) -> dict[str, Any]:
+    return {
+        "resize": "none" if resize == "none" else _size("--resize", resize, square=False),
+        "crop": _size("--crop", crop, square=True),
+        "mean": _numbers("--mean", mean, float),
+        "std": _numbers("--std", std, float),
+        "interpolation": interpolation,
+    }
+
+
+def _size(option: str, text: str | None, *, square: bool) -> int | tuple[int, ...] | None:
+    """Read ``N`` or ``H,W``; ``square`` makes N a pair."""
+    sides = _numbers(option, text, int)
+    if sides is None:
+        return None
+    if len(sides) > 2:
+        raise DataError(f"{option} is {text!r}; give one number of pixels, or height,width.")
+    if len(sides) == 1:
+        return sides * 2 if square else sides[0]
+    return sides
+
+
+def _numbers(option: str, text: str | None, kind: type[int] | type[float]) -> tuple[Any, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise DataError(f"{option} is {text!r}; give {wanted} separated by commas.") from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar on stderr; yield the function that moves it: (stage, done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def move(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        yield move
+
+
+def results_table(result: Result) -> Table:
+    """Return the table of a result: one row for the float network and one for each run."""
+    table = Table(title=f"{result.model}, seed {result.run.seed}")
+    for name in ("method", "granularity", "bits W/A"):
+        table.add_column(name)
+    for name in ("top-1 %", "agree %", "SQNR dB", "peak loss", "oscillation", "units", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_row("float", NONE, "32/32", _fixed(result.float.get("top1"), 2), *[NONE] * 6)
+    for run in result.runs:
+        table.add_row(*_result_row(run))
+    return table
+
+
+def _result_row(run: Run) -> list[str]:
+    measured = bool(run.module_losses)
+    return [
+        run.preset,
+        run.granularity or NONE,
+        f"{run.weight_bits}/{run.activation_bits or 32}",
+        _fixed(run.top1, 2),
+        _fixed(run.agreement, 2),
+        _fixed(run.sqnr_db, 1),
+        f"{run.peak_loss:.4g}" if measured else NONE,
+        f"{run.oscillation:.4g}" if measured else NONE,
+        str(len(run.units)) if run.units else NONE,
+        _fixed(run.seconds, 1),
+    ]
+
+
+def _analysis_table(analysis: Analysis, name: str) -> Table:
+    table = Table(title=f"{name}: blocks {len(analysis.modules)}, merged units {len(analysis.merges)}")
+    table.add_column("block")
+    for column in ("weight layers", "capacity", "differential to next"):
+        table.add_column(column, justify="right")
+    table.add_column("merged unit")
+    unit_of = {module: f"{i}" for i, unit in enumerate(analysis.merges, 1) for module in unit}
+    differentials = [f"{d:.3f}" for d in analysis.differentials]
+    for i, module in enumerate(analysis.modules):
+        capacity = analysis.capacities.get(module)
+        table.add_row(
+            module,
+            str(len(analysis.layers[module])),
+            NONE if capacity is None else f"{capacity:,.0f}",
+            differentials[i] if i < len(differentials) else NONE,
+            unit_of.get(module, ""),
+        )
+    return table
+
+
+def _show_results(result: Result, out: Path) -> None:
+    _print(results_table(result))
+    for path in sorted(out.iterdir()):
+        _print(str(path))
+
+
+def _print(content: str | Table) -> None:
+    """Print to stdout; tables keep all columns where the output is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(content, markup=False, highlight=False, soft_wrap=isinstance(content, str))
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,282 @@
+"""Capture: a PyTorch network becomes one flat, functional ATen graph (torch.export, dynamic batch).
+
+The captured GraphModule takes the flat list of input tensors and returns the tuple of output tensors; how the
+caller's arguments and results nest is kept beside it as :class:`Interface`. Its tensors are copies.
+"""
+
+from __future__ import annotations
+
+import operator
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from quiesce.data import Samples
+from quiesce.errors import ModelError
+from quiesce.graph.rewrite import tidy
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How the caller's arguments and results nest: trees whose leaves are indices into the flat lists."""
+
+    inputs: Any
+    """``(args, kwargs)`` with an index at each tensor."""
+    outputs: Any
+    """The model's result with an index at each tensor, and constants (None, numbers) where it returns those."""
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return the flat inputs of a call; keyword arguments may come in any order."""
+        expected = pytree.tree_structure(self.inputs)
+        kwargs = {name: kwargs[name] for name in self.inputs[1] if name in kwargs} if set(kwargs) == set(self.inputs[1]) else kwargs
+        leaves, given = pytree.tree_flatten((args, kwargs))
+        if given != expected:
+            names = ", ".join([f"{len(self.inputs[0])} positional", *self.inputs[1]])
+            raise ModelError(f"the network was captured with other arguments; call it with: {names}.")
+        return leaves
+
+    def unflatten(self, outputs: tuple[Tensor, ...]) -> Any:
+        """Nest the flat outputs as the model does."""
+        return pytree.tree_map(lambda leaf: outputs[leaf.index] if isinstance(leaf, Leaf) else leaf, self.outputs)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor's place in the flat list of outputs."""
+
+    index: int
+
+
+def capture(model: nn.Module | ExportedProgram, example: Samples, dynamic_batch: bool = True) -> fx.GraphModule:
+    """Return the network as a flat functional graph in eval mode, with dropout gone and the batch size free.
+
+    Args:
+        model: a network (never changed), or a program already exported.
+        example: at least two samples to run it on; only shapes, dtypes and the device matter.
+
+    Raises:
+        ModelError: torch.export refuses the network (its reason and the source line are kept), or the network
+            changes its buffers or inputs while it runs.
+    """
+    program = model if isinstance(model, ExportedProgram) else _export(model, example, dynamic_batch)
+    program = program.run_decompositions({})
+    _refuse_mutation(program)
+    gm = _flat_graph(program)
+    for rewrite in (_drop_checks, _whole_batch_norms, _fold_constants, _drop_no_ops, _local_sizes):
+        rewrite(gm)
+    return tidy(gm)
+
+
+def interface_of(gm: fx.GraphModule) -> Interface:
+    """Return how the captured network's arguments and results nest."""
+    found = gm.meta["interface"]
+    assert isinstance(found, Interface)
+    return found
+
+
+def _export(model: nn.Module, example: Samples, dynamic_batch: bool) -> ExportedProgram:
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    batch = Dim.DYNAMIC if dynamic_batch else None
+    shapes: Any = (tuple({0: batch} for _ in example.args), {name: {0: batch} for name in example.kwargs})
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                model, example.args, example.kwargs, dynamic_shapes=_shapes(model, example, shapes), strict=False
+            )
+    except Exception as error:
+        raise ModelError(_export_message(model, error)) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _shapes(model: nn.Module, example: Samples, shapes: Any) -> Any:
+    """torch.export wants shapes by position for positional arguments and by name once there are keywords."""
+    positional, named = shapes
+    if not example.kwargs:
+        return positional if not _takes_var_args(model) else (positional,)
+    import inspect
+
+    names = [p for p in inspect.signature(model.forward).parameters][: len(example.args)]
+    return {**dict(zip(names, positional, strict=True)), **named}
+
+
+def _takes_var_args(model: nn.Module) -> bool:
+    import inspect
+
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    return first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL
+
+
+def _export_message(model: nn.Module, error: Exception) -> str:
+    """Name the model's own innermost source line and keep torch's reason."""
+    reason = str(error).strip() or type(error).__name__
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    inside = [f for f in frames if f.name not in {"capture", "_export"}]
+    where = f" at {inside[-1].filename}:{inside[-1].lineno} ({inside[-1].line})" if inside else ""
+    return (
+        f"{type(model).__name__} can't be exported{where}; change that line so that torch.export accepts it. "
+        f"torch says: {type(error).__name__}: {reason}"
+    )
+
+
+def _refuse_mutation(program: ExportedProgram) -> None:
+    signature = program.graph_signature
+    if signature.buffers_to_mutate:
+        names = ", ".join(sorted(signature.buffers_to_mutate.values()))
+        raise ModelError(f"the network changes its buffers while it runs ({names}); make forward leave them alone in eval mode.")
+    if signature.user_inputs_to_mutate:
+        names = ", ".join(sorted(signature.user_inputs_to_mutate.values()))
+        raise ModelError(f"the network changes its inputs in place ({names}); clone them first in forward.")
+
+
+def _flat_graph(program: ExportedProgram) -> fx.GraphModule:
+    """Rebuild the program with tensors copied as buffers of one flat root and plain inputs and outputs."""
+    source = program.module(check_guards=False)
+    root, graph = nn.Module(), fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    outputs: list[Any] = []
+    for node in source.graph.nodes:
+        if node.op == "get_attr":
+            tensor = _attribute(source, node.target)
+            root.register_buffer(node.name, tensor.detach().clone() if isinstance(tensor, Tensor) else tensor)
+            mapped[node] = graph.get_attr(node.name)
+            mapped[node].name = node.name
+            mapped[node].meta = {**node.meta, "path": node.target}
+        elif node.op == "output":
+            outputs = list(pytree.tree_leaves(node.args[0]))
+        elif node.op == "call_module":
+            raise ModelError(f"the captured graph calls {node.target!r}, which is not an ATen operator; it can't be quantized.")
+        else:
+            mapped[node] = graph.node_copy(node, mapped.__getitem__)
+    kept = [n for n in outputs if isinstance(n, fx.Node)]
+    if not kept:
+        raise ModelError("the network returns no tensor; there is nothing to compare its quantized outputs with.")
+    graph.output(tuple(mapped[n] for n in kept))
+    gm = fx.GraphModule(root, graph)
+    gm.meta["interface"] = _interface(program, outputs, [n for n in graph.nodes if n.op == "placeholder"])
+    return gm
+
+
+def _interface(program: ExportedProgram, outputs: list[Any], placeholders: list[fx.Node]) -> Interface:
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    inputs = pytree.tree_unflatten(list(range(len(placeholders))), in_spec)
+    places = iter(range(len(outputs)))
+    leaves = [Leaf(next(places)) if isinstance(n, fx.Node) else n for n in outputs]
+    return Interface(inputs, pytree.tree_unflatten(leaves, out_spec))
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    return operator.attrgetter(target)(module) if all(p.isidentifier() for p in target.split(".")) else _walk(module, target)
+
+
+def _walk(module: Any, target: str) -> Any:
+    for part in target.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _drop_checks(gm: fx.GraphModule) -> None:
+    """Remove run-time assertions: shapes are checked once, when samples are gathered."""
+    for node in reversed(gm.graph.nodes):
+        name = str(node.target)
+        if node.op == "call_function" and ("_assert" in name or "sym_constrain_range" in name) and not node.users:
+            gm.graph.erase_node(node)
+
+
+def _whole_batch_norms(gm: fx.GraphModule) -> None:
+    """Turn the three-output inference batch-norm with its getitem back into one ``batch_norm`` node."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_no_training.default):
+        with gm.graph.inserting_before(node):
+            x, weight, bias, mean, variance, momentum, eps = node.args
+            args = (x, weight, bias, mean, variance, False, momentum, eps, False)
+            whole = gm.graph.call_function(aten.batch_norm.default, args)
+        for user in list(node.users):
+            assert user.target is operator.getitem and user.args[1] == 0
+            whole.meta = dict(user.meta)
+            user.replace_all_uses_with(whole)
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+
+
+def _fold_constants(gm: fx.GraphModule) -> None:
+    """Evaluate what depends on no input (weight normalization, position tables, …) once, now."""
+    values: dict[fx.Node, Any] = {}
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr":
+            values[node] = getattr(gm, node.target)
+        elif node.op == "call_function" and node.all_input_nodes and all(n in values for n in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    for node, value in values.items():
+        if node.op == "call_function" and isinstance(value, Tensor) and any(u not in values for u in node.users):
+            gm.register_buffer(node.name, value.detach().clone())
+            with gm.graph.inserting_before(node):
+                constant = gm.graph.get_attr(node.name)
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+
+
+def _drop_no_ops(gm: fx.GraphModule) -> None:
+    """Remove what returns its input: inference dropout, alias, and slices over everything."""
+    whole_slice = (0, 2**63 - 1)
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        no_op = node.target in {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+        if node.target is aten.dropout.default:
+            no_op = not node.args[2]
+        if node.target is aten.slice.Tensor and len(node.args) == 4:
+            no_op = tuple(node.args[2:]) == whole_slice
+        if no_op:
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+
+
+def _local_sizes(gm: fx.GraphModule) -> None:
+    """Read the batch size where it is used, so that no size is alive from one end of the network to the other.
+
+    Each use of ``sym_size(x, d)`` is replaced by the same size read off a tensor that its user takes anyway.
+    """
+    for node in list(gm.graph.nodes):
+        if _is_size(node):
+            for user in list(node.users):
+                if not _is_size(user):
+                    _sink(gm, node, user)
+    gm.graph.eliminate_dead_code()
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt | int)
+
+
+def _sink(gm: fx.GraphModule, size: fx.Node, user: fx.Node) -> None:
+    """Recompute ``size`` (and the arithmetic it comes from) right before ``user``, from a tensor of ``user``'s."""
+    tensors = [n for n in user.all_input_nodes if isinstance(n.meta.get("val"), Tensor) and n.op != "get_attr"]
+
+    def local(node: fx.Node) -> fx.Node:
+        if not _is_size(node):
+            return node
+        for tensor in tensors:
+            for dim, length in enumerate(tensor.meta["val"].shape):
+                if isinstance(length, torch.SymInt) and str(length) == str(node.meta["val"]):
+                    return _make(gm, aten.sym_size.int, (tensor, dim), node, user)
+        return _make(gm, node.target, fx.node.map_arg(node.args, local), node, user)
+
+    with gm.graph.inserting_before(user):
+        user.replace_input_with(size, local(size))
+
+
+def _make(gm: fx.GraphModule, target: Callable[..., Any] | Any, args: Any, like: fx.Node, owner: fx.Node) -> fx.Node:
+    made = gm.graph.call_function(target, args)
+    made.meta = {**like.meta, "nn_module_stack": owner.meta.get("nn_module_stack")}
+    return made

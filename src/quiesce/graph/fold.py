@@ -1,0 +1,106 @@
+"""Batch-norm folding: y = γ·(W∗x + b − μ)/σ + β becomes one convolution or linear layer."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from quiesce.graph.ops import WEIGHT_OPS, argument, groups_of, is_weight_op
+from quiesce.graph.rewrite import tidy
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class LeftBatchNorm:
+    """A batch-norm that stays in the graph in float, and why."""
+
+    node: str
+    reason: str
+
+
+def fold(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[LeftBatchNorm]]:
+    """Return a copy of ``gm`` with batch-norms folded into the layer in front of them, and the list of those left.
+
+    Weights used by several operators are given one copy per operator first: each use can have another batch-norm
+    behind it, and each is rounded for what follows it. Folding is computed in float64.
+    """
+    gm = copy.deepcopy(gm)
+    _unshare_weights(gm)
+    left = []
+    for node in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+        reason = _why_not(node)
+        if reason:
+            left.append(LeftBatchNorm(node.name, reason))
+        else:
+            _fold_one(gm, node.args[0], node)
+    return tidy(gm), left
+
+
+def _why_not(batch_norm: fx.Node) -> str:
+    layer = batch_norm.args[0]
+    if batch_norm.args[5]:
+        return "it uses the statistics of each batch"
+    if any(isinstance(a, fx.Node) and a.op != "get_attr" for a in batch_norm.args[1:5]):
+        return "its parameters are computed from the input"
+    if not is_weight_op(layer):
+        return "no convolution or linear layer stands in front of it"
+    if len(layer.users) > 1:
+        return f"the output of {layer.name} is also used elsewhere"
+    if WEIGHT_OPS[layer.target].spatial_dims == 0 and layer.meta["val"].ndim != 2:
+        return f"{layer.name} does not have its channels on the axis that is normalized"
+    return ""
+
+
+def _fold_one(gm: fx.GraphModule, layer: fx.Node, batch_norm: fx.Node) -> None:
+    op = WEIGHT_OPS[layer.target]  # type: ignore[index]
+    weight_at = layer.args[op.weight]
+    bias_at = argument(layer, op.bias, "bias", None)
+    assert isinstance(weight_at, fx.Node)
+    weight = getattr(gm, str(weight_at.target))
+    bias = getattr(gm, str(bias_at.target)) if isinstance(bias_at, fx.Node) else None
+    gain, offset, mean, variance = (getattr(gm, str(a.target)) if isinstance(a, fx.Node) else None for a in batch_norm.args[1:5])
+    assert mean is not None and variance is not None
+    factor = torch.rsqrt(variance.double() + batch_norm.args[7])
+    factor = factor if gain is None else factor * gain.double()
+    shift = -mean.double() if bias is None else bias.double() - mean.double()
+    new_bias = shift * factor + (0 if offset is None else offset.double())
+    new_weight = _scale_channels(weight.double(), factor, op.ch_axis, groups_of(layer))
+    setattr(gm, str(weight_at.target), new_weight.to(weight.dtype))
+    name = f"{weight_at.name}_bias"
+    gm.register_buffer(name, new_bias.to(weight.dtype))
+    with gm.graph.inserting_before(layer):
+        bias_node = gm.graph.get_attr(name)
+    layer.args = (*layer.args[: op.bias], bias_node, *layer.args[op.bias + 1 :])
+    layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
+    layer.meta["val"] = batch_norm.meta["val"]
+    batch_norm.replace_all_uses_with(layer)
+    gm.graph.erase_node(batch_norm)
+
+
+def _scale_channels(weight: Tensor, factor: Tensor, ch_axis: int, groups: int) -> Tensor:
+    """Multiply output channels; a transposed convolution keeps them as [in, out / groups], group by group of inputs."""
+    if ch_axis == 0:
+        return weight * factor.view(-1, *[1] * (weight.ndim - 1))
+    inputs, per_group = weight.shape[:2]
+    grouped = weight.view(groups, inputs // groups, per_group, *weight.shape[2:])
+    return (grouped * factor.view(groups, 1, per_group, *[1] * (weight.ndim - 2))).view(weight.shape)
+
+
+def _unshare_weights(gm: fx.GraphModule) -> None:
+    """Give each weight operator a weight and bias of its own."""
+    taken: set[str] = set()
+    for layer in [n for n in gm.graph.nodes if is_weight_op(n)]:
+        for constant in [n for n in layer.all_input_nodes if n.op == "get_attr"]:
+            if str(constant.target) not in taken and len(constant.users) == 1:
+                taken.add(str(constant.target))
+                continue
+            name = f"{constant.target}_{layer.name}"
+            gm.register_buffer(name, getattr(gm, str(constant.target)).clone())
+            with gm.graph.inserting_before(layer):
+                own = gm.graph.get_attr(name)
+            own.meta = dict(constant.meta)
+            layer.replace_input_with(constant, own)

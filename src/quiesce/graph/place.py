@@ -1,0 +1,136 @@
+"""Placement: decide which tensors are quantized and how (annotate), then put the fake-quantizers there (insert).
+
+Every quantized tensor has exactly one fake-quantizer, right behind the node that produces it and seen by all its users.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+
+from torch import Tensor, fx
+
+from quiesce.errors import ModelError, RecipeError, nearest_name
+from quiesce.graph.backends import Backend
+from quiesce.graph.ops import WEIGHT_OPS, input_node, is_weight_op, weight_node
+from quiesce.graph.rewrite import tidy
+from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from quiesce.quant.spec import QuantizationSpec
+from quiesce.recipe import LayerOverride, Recipe
+
+Annotation = QuantizationSpec
+"""What a tensor-producing node is to be quantized to."""
+
+
+def weight_layers(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """Return the weight operators in topological order, by the name of the module (or weight) they come from."""
+    layers: dict[str, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if is_weight_op(node):
+            name = _layer_name(node)
+            layers[name if name not in layers else f"{name}:{node.name}"] = node
+    return layers
+
+
+def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.Node, Annotation]:
+    """Return what each tensor is to be quantized to: weights (get_attr nodes) and activations (all others).
+
+    A tensor that feeds several layers takes the largest bits that any of them asks for.
+
+    Raises:
+        ModelError: there is no weight layer, or the weight of one is computed from the input.
+        RecipeError: an override fits no layer.
+    """
+    layers = {name: node for name, node in weight_layers(gm).items() if node.target in backend.weight_ops}
+    if not layers:
+        raise ModelError("the network has no convolution or linear layer; there is nothing to quantize.")
+    overrides = _overrides(list(layers), recipe.layers)
+    annotations: dict[fx.Node, Annotation] = {}
+    for index, (name, layer) in enumerate(layers.items()):
+        weight = weight_node(layer)
+        if weight.op != "get_attr":
+            raise ModelError(f"the weight of {name} ({layer.name}) is computed from the input; such layers can't be quantized.")
+        edge = index in (0, len(layers) - 1)
+        weight_bits, input_bits = _layer_bits(recipe, index, edge, overrides.get(name))
+        ch_axis = WEIGHT_OPS[layer.target].ch_axis if recipe.weights.per_channel else None  # type: ignore[index]
+        annotations[weight] = Annotation(weight_bits, recipe.weights.symmetric, ch_axis)
+        if input_bits is not None:
+            _annotate_activation(annotations, input_node(layer), input_bits, recipe)
+    if recipe.activations.bits is not None:
+        for node in [n for n in gm.graph.nodes if n.target in backend.input_ops]:
+            for tensor in [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]:
+                if tensor not in annotations and tensor.op != "get_attr":
+                    _annotate_activation(annotations, tensor, recipe.activations.bits, recipe)
+    return annotations
+
+
+def insert(gm: fx.GraphModule, annotations: dict[fx.Node, Annotation]) -> fx.GraphModule:
+    """Return a copy of ``gm`` with a fake-quantizer behind each annotated node."""
+    by_name = {node.name: annotation for node, annotation in annotations.items()}
+    gm = copy.deepcopy(gm)
+    device_like = next(gm.buffers())
+    for node in list(gm.graph.nodes):
+        annotation = by_name.get(node.name)
+        if annotation is None:
+            continue
+        target = f"{node.name}_quantizer"
+        if node.op == "get_attr":
+            weight = getattr(gm, str(node.target))
+            gm.add_module(target, WeightFakeQuantize(annotation, weight.shape, weight))
+        else:
+            gm.add_module(target, ActivationFakeQuantize(annotation, device_like.new_empty((), dtype=node.meta["val"].dtype)))
+        with gm.graph.inserting_after(node):
+            quantizer = gm.graph.call_module(target, (node,))
+        quantizer.meta = dict(node.meta)
+        node.replace_all_uses_with(quantizer, delete_user_cb=lambda user, q=quantizer: user is not q)  # type: ignore[misc]
+    return tidy(gm)
+
+
+def _layer_bits(recipe: Recipe, index: int, edge: bool, override: LayerOverride | None) -> tuple[int, int | None]:
+    """Bits of a layer's weight and of its input: 8 at both ends, the second layer's input by its own setting."""
+    weights, activations = recipe.weights, recipe.activations
+    weight_bits = weights.first_last_bits if edge else weights.bits
+    input_bits = activations.bits
+    if input_bits is not None:
+        if edge:
+            input_bits = activations.first_last_bits
+        elif index == 1 and activations.second_layer_bits is not None:
+            input_bits = activations.second_layer_bits
+    if override is not None:
+        weight_bits = override.weight_bits or weight_bits
+        input_bits = override.activation_bits or input_bits
+    return weight_bits, input_bits
+
+
+def _annotate_activation(annotations: dict[fx.Node, Annotation], node: fx.Node, bits: int, recipe: Recipe) -> None:
+    known = annotations.get(node)
+    bits = bits if known is None else max(bits, known.bits)
+    annotations[node] = Annotation(bits, recipe.activations.symmetric)
+
+
+def _overrides(names: list[str], overrides: tuple[LayerOverride, ...]) -> dict[str, LayerOverride]:
+    """Return each layer's override; of several patterns that fit a layer, the last one holds."""
+    found: dict[str, LayerOverride] = {}
+    for override in overrides:
+        fitting = fnmatch.filter(names, override.pattern)
+        if not fitting:
+            raise RecipeError(f"layers: pattern {override.pattern!r} fits no weight layer.{nearest_name(override.pattern, names)}")
+        found |= dict.fromkeys(fitting, override)
+    return found
+
+
+def _layer_name(node: fx.Node) -> str:
+    """The module a layer belongs to: from its weight's path if that ends in ``.weight``, else from the module stack."""
+    weight = weight_node(node)
+    origin = weight.all_input_nodes[0] if weight.op == "call_module" and weight.all_input_nodes else weight
+    path = str(origin.meta.get("path", ""))
+    if path.endswith(".weight"):
+        return path.removesuffix(".weight")
+    stack = [p for p, _ in module_stack(node)]
+    return stack[-1] if stack and stack[-1] else (path or node.name)
+
+
+def module_stack(node: fx.Node) -> list[tuple[str, str]]:
+    """Return (path, class) of the modules whose forward made this node, outermost first, the root left out."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(path, str(kind)) for path, kind in stack.values() if path]

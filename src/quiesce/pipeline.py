@@ -1,0 +1,385 @@
+"""The pipeline: capture → fold → place → calibrate → partition → granularity → reconstruct → evaluate, in this order."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from quiesce.data import Samples, check_like, gather
+from quiesce.errors import DataError
+from quiesce.evaluate import Metrics, compare, outputs_of
+from quiesce.export.checkpoint import Checkpoint, check_storable, read_checkpoint, write_checkpoint
+from quiesce.graph.backends import BACKENDS
+from quiesce.graph.calibrate import calibrate
+from quiesce.graph.capture import capture, interface_of
+from quiesce.graph.fold import LeftBatchNorm, fold
+from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
+from quiesce.graph.partition import partition
+from quiesce.graph.place import annotate, insert
+from quiesce.graph.unit import Unit, boundary
+from quiesce.oscillation.capacity import modcap
+from quiesce.oscillation.measure import ModuleLoss, summarize
+from quiesce.progress import Progress, ProgressCallback
+from quiesce.quant.fake_quantize import float_mode, restore, snapshot
+from quiesce.recipe import GranularityRecipe, Recipe
+from quiesce.reconstruct.granular import Outcome, block_pass, check_granularity, merged_pass, propose
+from quiesce.reconstruct.loop import Job, Pass, layer_pass, measure_pass
+from quiesce.reconstruct.losses import fisher_weights
+from quiesce.reconstruct.streams import Network
+from quiesce.result import Result, Run, hardware, versions
+
+
+class QuantizedModel(nn.Module):
+    """A quantized network: call it as the float one was called.
+
+    ``result`` says what was done and measured, ``recipe`` how, ``preprocessing`` (plain data or None) what its images need.
+    """
+
+    def __init__(self, graph: fx.GraphModule, result: Result, recipe: Recipe, preprocessing: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.graph_module = graph
+        self.result = result
+        self.recipe = recipe
+        self.preprocessing = preprocessing
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        interface = interface_of(self.graph_module)
+        return interface.unflatten(self.graph_module(*interface.flatten(args, kwargs)))
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the network (quantized.json, quantized.safetensors), result.json and recipe.toml into ``folder``.
+
+        Raises:
+            OutputError: ``folder`` holds files already, or the system can't write there.
+        """
+        return write_checkpoint(Checkpoint(self.graph_module, self.result, self.recipe, self.preprocessing), Path(folder))
+
+
+def load(folder: Path | str) -> QuantizedModel:
+    """Load a network that :meth:`QuantizedModel.save` wrote; needs neither the model's source nor trust in the files.
+
+    Raises:
+        FileFormatError: a file is missing, truncated, or not one of ours.
+    """
+    checkpoint = read_checkpoint(Path(folder))
+    return QuantizedModel(checkpoint.graph, checkpoint.result, checkpoint.recipe, checkpoint.preprocessing)
+
+
+def quantize(
+    model: nn.Module | ExportedProgram,
+    calibration: object,
+    recipe: Recipe,
+    *,
+    evaluate: object = None,
+    device: torch.device | str | None = None,
+    progress: ProgressCallback | None = None,
+    name: str | None = None,
+    preprocessing: dict[str, Any] | None = None,
+) -> QuantizedModel:
+    """Quantize ``model`` as ``recipe`` says.
+
+    Args:
+        model: the float network (never changed), or a program saved by torch.export.
+        calibration: images without labels: a tensor [N, ...], or an iterable of batches: tensors, (tensor, label)
+            pairs, or dicts of keyword arguments, such as a DataLoader.
+        evaluate: data of the same kinds, with labels if top-1 is wanted; None measures no accuracy.
+        device: where to work; None is the model's device.
+        progress: called as ``progress(stage, steps_done, steps_planned)``.
+        name: the model's name in the result; None is its class.
+        preprocessing: kept with the network, for who loads it.
+
+    Raises:
+        QuiesceError: one sentence on what is wrong with the model, the data or the recipe.
+    """
+    prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, name=name)
+    runs, _ = run(prepared, recipe, progress=progress)
+    return QuantizedModel(prepared.graph, prepared.result(runs, recipe), recipe, preprocessing)
+
+
+@dataclass
+class Prepared:
+    """A calibrated network with nearest rounding, and the data: where every run of a comparison starts."""
+
+    graph: fx.GraphModule
+    modules: list[Unit]
+    samples: Samples
+    images: int
+    """Images to optimize on: the first of ``samples``; the rest is held out for guards."""
+    initial: dict[str, Tensor]
+    evaluation: Samples | None
+    reference: list[Tensor] | None
+    """The float network's outputs on the evaluation data."""
+    name: str
+    left: list[LeftBatchNorm]
+    seconds: float
+    device: torch.device
+
+    def float_metrics(self) -> Metrics | None:
+        if self.evaluation is None or self.reference is None:
+            return None
+        return compare(self.reference, self.evaluation.labels, None)
+
+    def result(self, runs: list[Run], recipe: Recipe) -> Result:
+        metrics = self.float_metrics()
+        return Result(
+            model=self.name,
+            float={"top1": None if metrics is None else metrics.top1},
+            runs=runs,
+            recipe=recipe.to_dict(),
+            versions=versions(),
+            hardware=hardware(self.device),
+        )
+
+
+def prepare(
+    model: nn.Module | ExportedProgram,
+    calibration: object,
+    recipe: Recipe,
+    *,
+    evaluate: object = None,
+    device: torch.device | str | None = None,
+    name: str | None = None,
+    holdout: int | None = None,
+) -> Prepared:
+    """Do everything up to reconstruction: capture, fold, place, calibrate, partition.
+
+    ``holdout`` calibration images, the last ones, are kept from optimization; None asks the recipe's guard.
+    """
+    began = time.perf_counter()
+    where = torch.device(device) if device is not None else _device_of(model)
+    samples = gather(calibration, "calibration").to(where)
+    holdout = _holdout(recipe, len(samples)) if holdout is None else holdout
+    _check_batch(recipe, len(samples) - holdout)
+    captured = _captured(model, samples, where)
+    folded, left = fold(captured)
+    graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
+    check_storable(graph)
+    modules = partition(graph, "block")
+    if recipe.granularity is not None:
+        check_granularity([m.name for m in modules], recipe.granularity)
+    calibrate(graph, samples, recipe)
+    evaluation = None if evaluate is None else gather(evaluate, "evaluation").to(where)
+    reference = None
+    if evaluation is not None:
+        check_like(evaluation, samples, "evaluation")
+        with float_mode(graph):
+            reference = _outputs(graph, evaluation, recipe.calibration_batch)
+    return Prepared(
+        graph=graph,
+        modules=modules,
+        samples=samples,
+        images=len(samples) - holdout,
+        initial=snapshot(graph),
+        evaluation=evaluation,
+        reference=reference,
+        name=name or type(model).__name__,
+        left=left,
+        seconds=time.perf_counter() - began,
+        device=where,
+    )
+
+
+def run(
+    prepared: Prepared, recipe: Recipe, *, block: Pass | None = None, progress: ProgressCallback | None = None
+) -> tuple[list[Run], Pass]:
+    """Reconstruct the prepared network as ``recipe`` says and leave it in the state that was kept.
+
+    ``block`` is a block pass of the same prepared network and the same reconstruction settings; without it one is
+    made when needed, and reported as a run of its own in front.
+
+    Returns:
+        The runs, the asked-for one last, and its pass.
+    """
+    restore(prepared.graph, prepared.initial)
+    counter = Progress(progress)
+    if recipe.reconstruction is None or recipe.granularity is None:
+        measured = measure_pass(_job(prepared, recipe))
+        return [_report(prepared, recipe, measured, measured.seconds)], measured
+    job = _job(prepared, recipe)
+    if recipe.granularity.method == "layer":
+        done = layer_pass(job, partition(prepared.graph, "layer"), counter)
+        return [_report(prepared, recipe, done, done.seconds)], done
+    if recipe.granularity.method == "block":
+        done = block_pass(job, counter)
+        return [_report(prepared, recipe, done, done.seconds)], done
+    outcome = merged_pass(job, recipe.granularity, counter, block)
+    runs = [_report_outcome(prepared, recipe, outcome)]
+    if block is None and outcome.block is not None:
+        restore(prepared.graph, outcome.block.state)
+        plain = recipe.with_settings(granularity="block", scheme=None)
+        runs.insert(0, _report(prepared, plain, outcome.block, outcome.block.seconds))
+        restore(prepared.graph, outcome.kept.state)
+    return runs, outcome.kept
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the network's structure says before any optimization."""
+
+    modules: list[str]
+    capacities: dict[str, float]
+    differentials: list[float]
+    merges: list[list[str]]
+    layers: dict[str, list[str]]
+    """Module → its weight layers."""
+
+
+def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe) -> Analysis:
+    """Return blocks, data-free capacities, differentials, and the merges they imply. Takes seconds.
+
+    A recipe with a data-dependent granularity is analyzed by ``modcap``, with its other settings.
+    """
+    settings = recipe.granularity or GranularityRecipe()
+    if settings.method != "scheme":
+        settings = GranularityRecipe(method="modcap", k=settings.k, lam=settings.lam, alpha=settings.alpha, max_modules=settings.max_modules)
+    graph, _ = fold(_captured(model, example, _device_of(model)))
+    graph = insert(graph, annotate(graph, BACKENDS[recipe.backend], recipe))
+    units = partition(graph, "block")
+    names = [u.name for u in units]
+    capacities = modcap(graph, units, settings.alpha)
+    proposal = propose(names, settings, capacities)
+    return Analysis(
+        modules=names,
+        capacities=dict(zip(names, capacities, strict=True)),
+        differentials=proposal.differentials,
+        merges=[[names[i] for i in group] for group in proposal.groups if len(group) > 1],
+        layers={u.name: list(u.layers) for u in units},
+    )
+
+
+def _captured(model: nn.Module | ExportedProgram, samples: Samples, device: torch.device) -> fx.GraphModule:
+    """Capture on at most two samples; a single one is repeated, as a batch of one would be taken for a constant."""
+    example = samples.select(slice(0, 2)) if len(samples) > 1 else samples.select(torch.zeros(2, dtype=torch.long))
+    graph = capture(model, example.to(_device_of(model))).to(device)
+    _check_captured(graph, samples)
+    return graph
+
+
+def _check_captured(graph: fx.GraphModule, samples: Samples) -> None:
+    """A saved program has shapes of its own, which the calibration images must have."""
+    flat = interface_of(graph).flatten(samples.args, samples.kwargs)
+    for node, tensor in zip([n for n in graph.graph.nodes if n.op == "placeholder"], flat, strict=True):
+        expected = node.meta["val"]
+        fixed = zip(expected.shape[1:], tensor.shape[1:], strict=False)
+        if expected.dtype != tensor.dtype or expected.ndim != tensor.ndim or any(isinstance(a, int) and a != b for a, b in fixed):
+            raise DataError(
+                f"calibration: input {node.name} has shape {list(tensor.shape)} and {tensor.dtype}, and the network was "
+                f"captured with {[str(s) for s in expected.shape]} and {expected.dtype}; prepare the images accordingly."
+            )
+
+
+def _device_of(model: nn.Module | ExportedProgram) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _holdout(recipe: Recipe, images: int) -> int:
+    granularity = recipe.granularity
+    if granularity is None or not granularity.guard or granularity.method in ("layer", "block"):
+        return 0
+    return max(1, round(granularity.holdout * images))
+
+
+def _check_batch(recipe: Recipe, images: int) -> None:
+    if recipe.reconstruction is not None and images < recipe.reconstruction.batch_size:
+        raise DataError(
+            f"calibration has {images} images to optimize on, fewer than a batch of {recipe.reconstruction.batch_size}; "
+            "give more images or a smaller batch_size."
+        )
+
+
+def _job(prepared: Prepared, recipe: Recipe) -> Job:
+    network = Network(prepared.graph)
+    flat = interface_of(prepared.graph).flatten(prepared.samples.args, prepared.samples.kwargs)
+    inputs = dict(zip(network.inputs, flat, strict=True))
+    reconstruction = recipe.reconstruction
+    fisher = None
+    if reconstruction is not None and reconstruction.fisher:
+        generator = torch.Generator().manual_seed(recipe.seed)
+        names = {n for u in partition(prepared.graph, _finest(recipe)) for n in boundary(network.nodes, u.start, u.stop).outputs}
+        fisher = fisher_weights(network, inputs, names, recipe.calibration_batch, generator)
+    return Job(
+        network=network,
+        modules=prepared.modules,
+        inputs=inputs,
+        images=prepared.images,
+        initial=prepared.initial,
+        recipe=recipe,
+        reconstruction=reconstruction,  # type: ignore[arg-type]
+        regularizer_weight=regularizer_weight(prepared.graph, recipe),
+        fisher=fisher,
+    )
+
+
+def _finest(recipe: Recipe) -> str:
+    return "layer" if recipe.granularity is not None and recipe.granularity.method == "layer" else "block"
+
+
+def regularizer_weight(graph: fx.GraphModule, recipe: Recipe) -> float:
+    """Return λ: the recipe's, or 0.1 for networks with depthwise convolutions and 0.01 for others (QDrop's scripts)."""
+    if recipe.reconstruction is None:
+        return 0.0
+    if recipe.reconstruction.regularizer_weight is not None:
+        return recipe.reconstruction.regularizer_weight
+    layers = [n for n in graph.graph.nodes if is_weight_op(n)]
+    depthwise = any(hyperparameters(n, weight_node(n).meta["val"].shape).depthwise for n in layers)
+    return 0.1 if depthwise else 0.01
+
+
+def _outputs(graph: fx.GraphModule, samples: Samples, batch: int) -> list[Tensor]:
+    flat = interface_of(graph).flatten
+    return outputs_of(lambda *a, **k: graph(*flat(a, k)), samples, batch)
+
+
+def _report(prepared: Prepared, recipe: Recipe, done: Pass, seconds: float) -> Run:
+    """Evaluate the network as it is now and write down the run."""
+    metrics = Metrics(None, None, None, 0)
+    if prepared.evaluation is not None:
+        outputs = _outputs(prepared.graph, prepared.evaluation, recipe.calibration_batch)
+        metrics = compare(outputs, prepared.evaluation.labels, prepared.reference)
+    names = [m.name for m in prepared.modules]
+    absolute = summarize([loss.absolute for loss in done.losses])
+    relative = summarize([loss.relative for loss in done.losses])
+    return Run(
+        preset=recipe.name,
+        granularity=None if recipe.granularity is None else recipe.granularity.method,
+        weight_bits=recipe.weights.bits,
+        activation_bits=recipe.activations.bits,
+        seed=recipe.seed,
+        top1=metrics.top1,
+        agreement=metrics.agreement,
+        sqnr_db=metrics.sqnr_db,
+        seconds=seconds + prepared.seconds,
+        units=[record.modules for record in done.records] or [[name] for name in names],
+        module_losses=_by_name(names, done.losses, "absolute"),
+        relative_losses=_by_name(names, done.losses, "relative"),
+        peak_loss=absolute.peak,
+        final_loss=absolute.final,
+        oscillation=absolute.oscillation,
+        relative_peak_loss=relative.peak,
+        relative_final_loss=relative.final,
+        relative_oscillation=relative.oscillation,
+        unit_records=done.records,
+    )
+
+
+def _report_outcome(prepared: Prepared, recipe: Recipe, outcome: Outcome) -> Run:
+    report = _report(prepared, recipe, outcome.kept, outcome.seconds)
+    names = [m.name for m in prepared.modules]
+    report.capacities = dict(zip(names, outcome.proposal.capacities, strict=False))
+    report.differentials = outcome.proposal.differentials
+    report.proposed_merges = outcome.merges
+    report.guard = outcome.guard
+    report.reused_seconds = outcome.reused_seconds
+    return report
+
+
+def _by_name(names: list[str], losses: list[ModuleLoss], field: str) -> dict[str, float]:
+    return {name: getattr(loss, field) for name, loss in zip(names, losses, strict=True)}

@@ -1,0 +1,155 @@
+"""The stateful shells around the numerics: one module per quantized tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quiesce.errors import ModelError
+from quiesce.quant.functional import dequantize, fake_quantize
+from quiesce.quant.rounding import ROUNDINGS
+from quiesce.quant.rounding.nearest import nearest
+from quiesce.quant.spec import QuantizationSpec
+
+
+class WeightFakeQuantize(nn.Module):
+    """Stands for one weight as integers. The float weight passes through it untouched while it is off.
+
+    ``scale`` and ``zero_point`` have shape [channels] (or [] per tensor), ``quantized`` the weight's shape. While
+    ``rounding`` is set, the weight is the soft-rounded one that is being learned.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    quantized: Tensor
+
+    def __init__(self, spec: QuantizationSpec, shape: torch.Size | tuple[int, ...], like: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.enabled = True
+        self.rounding: nn.Module | None = None
+        channels = () if spec.ch_axis is None else (shape[spec.ch_axis],)
+        self.register_buffer("scale", like.new_ones(channels))
+        self.register_buffer("zero_point", like.new_zeros(channels))
+        self.register_buffer("quantized", torch.zeros(shape, dtype=spec.dtype, device=like.device))
+
+    def forward(self, weight: Tensor | None = None) -> Tensor:
+        if not self.enabled:
+            if weight is None:
+                raise ModelError("this network was loaded from a file without float weights; its quantizers can't be off.")
+            return weight
+        if self.rounding is not None:
+            soft: Tensor = self.rounding()
+            return soft
+        return self.dequantized_weight()
+
+    def set_parameters(self, scale: Tensor, zero_point: Tensor, weight: Tensor) -> None:
+        """Set the grid and round ``weight`` to nearest on it."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.quantized.copy_(nearest(weight, self.spec, self.scale, self.zero_point))
+
+    def start_rounding(self, name: str, weight: Tensor, warm: bool) -> nn.Module:
+        """Attach and return the learned rounding ``name``; ``warm`` starts it from the integers held now."""
+        start = self.quantized if warm else None
+        self.rounding = ROUNDINGS[name](weight, self.spec, self.scale, self.zero_point, start)
+        return self.rounding
+
+    def harden(self) -> None:
+        """Turn the learned rounding into integers and drop it."""
+        if self.rounding is not None:
+            self.quantized.copy_(self.rounding.harden())
+            self.rounding = None
+
+    def quantized_weight(self) -> Tensor:
+        """Return the integers (int8 or uint8, the weight's shape): all that exporters read, with scale and zero point."""
+        return self.quantized
+
+    def dequantized_weight(self) -> Tensor:
+        ndim = self.quantized.ndim
+        return dequantize(self.quantized, self.spec.broadcast(self.scale, ndim), self.spec.broadcast(self.zero_point, ndim))
+
+
+@dataclass(frozen=True)
+class Drop:
+    """QDrop (arXiv 2203.05740): while optimizing, an element stays unquantized with probability ``prob``."""
+
+    prob: float
+    generator: torch.Generator
+
+    def mix(self, quantized: Tensor, unquantized: Tensor) -> Tensor:
+        """Return, element by element, ``unquantized`` with probability ``prob``, else ``quantized``."""
+        chance = torch.rand(quantized.shape, generator=self.generator, device=quantized.device)
+        return torch.where(chance < self.prob, unquantized, quantized)
+
+
+class ActivationFakeQuantize(nn.Module):
+    """Quantizes one activation tensor with one scale (0-dim); the scale can be learned (LSQ)."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantizationSpec, like: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.enabled = True
+        self.drop: Drop | None = None
+        self.register_buffer("scale", like.new_ones(()))
+        self.register_buffer("zero_point", like.new_zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        spec = self.spec
+        quantized = fake_quantize(x, self.scale, self.zero_point, spec.quant_min, spec.quant_max)
+        return quantized if self.drop is None else self.drop.mix(quantized, x)
+
+    def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+
+FakeQuantize = WeightFakeQuantize | ActivationFakeQuantize
+
+
+def fake_quantizers(module: nn.Module) -> dict[str, FakeQuantize]:
+    """Return the fake-quantizers of ``module`` by their names in it."""
+    return {n: m for n, m in module.named_modules() if isinstance(m, WeightFakeQuantize | ActivationFakeQuantize)}
+
+
+@contextmanager
+def float_mode(module: nn.Module) -> Iterator[None]:
+    """Within the block, ``module`` is the float teacher: its fake-quantizers are off."""
+    switched = [q for q in fake_quantizers(module).values() if q.enabled]
+    for quantizer in switched:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer in switched:
+            quantizer.enabled = True
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of every fake-quantizer's tensors, keyed ``<quantizer>.<tensor>``."""
+    found = fake_quantizers(module)
+    return {f"{n}.{key}": tensor.detach().clone() for n, q in found.items() for key, tensor in _state(q)}
+
+
+@torch.no_grad()
+def restore(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what :func:`snapshot` took; tensors of quantizers that ``module`` does not hold are passed over."""
+    for name, quantizer in fake_quantizers(module).items():
+        for key, tensor in _state(quantizer):
+            tensor.copy_(state[f"{name}.{key}"])
+
+
+def _state(quantizer: FakeQuantize) -> Iterator[tuple[str, Tensor]]:
+    yield "scale", quantizer.scale
+    yield "zero_point", quantizer.zero_point
+    if isinstance(quantizer, WeightFakeQuantize):
+        yield "quantized", quantizer.quantized

@@ -1,0 +1,409 @@
+"""The recipe: every setting of a run, frozen, validated when made, to and from TOML. Presets are rows of data."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from quiesce.errors import RecipeError, nearest_name
+
+RANGES = ("minmax", "percentile", "lp")
+BACKENDS = ("academic",)
+ROUNDING_NAMES = ("adaround",)
+GRANULARITIES = ("layer", "block", "modcap", "loss", "loss-descent", "log-ratio", "scheme")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RecipeError(message)
+
+
+def _one_of(setting: str, value: Any, known: tuple[str, ...]) -> None:
+    _check(value in known, f"{setting} {value!r} is unknown.{nearest_name(value, known)}")
+
+
+def _bits(setting: str, value: Any) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _check(whole and 2 <= value <= 8, f"{setting} is {value!r}; give a whole number from 2 to 8.")
+
+
+def _check_kinds(part: Any, where: str) -> None:
+    """Check that each field of ``part`` holds what its annotation says: no text for a number, no 1 for true."""
+    for name, kind in get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        _check(_fits(value, kind), f"{where}{name} is {value!r}; give {_words(kind)}.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
+    if get_args(kind):
+        return any(_fits(value, k) for k in get_args(kind))
+    if kind in (int, float):
+        number = isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
+        return number and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)[0]
+        return "a list of lists of names" if get_origin(inner) is tuple else "a list of tables"
+    if get_args(kind):
+        return " or ".join(_words(k) for k in get_args(kind) if k is not type(None))
+    return _KINDS.get(kind, "a table of settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRecipe:
+    """How weights are quantized."""
+
+    bits: int = 4
+    first_last_bits: int = 8
+    """Bits of the first and the last weight layer (all published tables use 8)."""
+    symmetric: bool = False
+    per_channel: bool = True
+    """One scale per output channel; False is one per tensor."""
+    range: str = "lp"
+    """How the clipping range is found: minmax, percentile, or lp (L_p search, p = 2.4 as in the references)."""
+
+    def __post_init__(self) -> None:
+        _bits("weights.bits", self.bits)
+        _bits("weights.first_last_bits", self.first_last_bits)
+        _one_of("weights.range", self.range, RANGES)
+        _check_kinds(self, "weights.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationRecipe:
+    """How activations are quantized (one scale per tensor)."""
+
+    bits: int | None = 4
+    """None leaves activations float (in TOML: ``bits = "float"``)."""
+    first_last_bits: int = 8
+    """Bits of the network's input and of the last weight layer's input."""
+    second_layer_bits: int | None = None
+    """Bits of the second weight layer's input: BRECQ keeps 8, QDrop does not (None: like all others)."""
+    symmetric: bool = False
+    range: str = "lp"
+    percentile: float = 99.99
+    """Share of values inside the range, in per cent, when range is percentile."""
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "second_layer_bits"):
+            if getattr(self, name) is not None:
+                _bits(f"activations.{name}", getattr(self, name))
+        _bits("activations.first_last_bits", self.first_last_bits)
+        _one_of("activations.range", self.range, RANGES)
+        _check_kinds(self, "activations.")
+        _check(50 < self.percentile <= 100, f"activations.percentile is {self.percentile}; give a value in (50, 100].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOverride:
+    """Other bits for the weight layers whose module name fits a shell pattern (``features.1*``)."""
+
+    pattern: str
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    """Bits of the layer's input."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            if getattr(self, name) is not None:
+                _bits(f"layers[{self.pattern!r}].{name}", getattr(self, name))
+        _check_kinds(self, "layers.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GranularityRecipe:
+    """Which modules are optimized jointly (arXiv 2303.11906, section 3.3)."""
+
+    method: str = "block"
+    """layer, block, or block modules merged by: modcap, loss, loss-descent, log-ratio, scheme."""
+    k: int | None = None
+    """Number of neighbouring pairs to merge; None is a quarter of all pairs, rounded up."""
+    lam: float | None = None
+    """Price λ of (number of merges − k)²; None is infinite, which is plain top-k."""
+    alpha: float = 1.6
+    """Factor on the capacity of weight layers with a stride above 1 (modcap)."""
+    max_modules: int = 3
+    """Most modules in one unit (3 in the authors' code)."""
+    tolerance: float = 0.0
+    """Relative drop of the loss below which loss-descent leaves a pair alone."""
+    scheme: tuple[tuple[str, ...], ...] | str | None = None
+    """Merged units by hand, as lists of module names, or the name of a published list."""
+    guard: bool = True
+    """Check each merge on held-out calibration images and take it back when it does not help."""
+    holdout: float = 0.125
+    """Share of the calibration images that the guard holds out."""
+    steps_per_module: bool = True
+    """Give a merged unit the steps of all its modules; False gives it those of one unit."""
+    warm_start: bool = True
+    """Start a merged unit from the rounding and step sizes of the block pass, where there is one."""
+
+    def __post_init__(self) -> None:
+        _one_of("granularity", self.method, GRANULARITIES)
+        _check_kinds(self, "granularity.")
+        _check(self.k is None or self.k >= 0, f"granularity.k is {self.k}; give 0 or more, or leave it out.")
+        _check(self.lam is None or self.lam >= 0, f"granularity.lam is {self.lam}; give 0 or more, or leave it out.")
+        _check(self.alpha > 0, f"granularity.alpha is {self.alpha}; give a number above 0.")
+        _check(self.max_modules >= 1, f"granularity.max_modules is {self.max_modules}; give 1 or more.")
+        _check(0 <= self.tolerance < 1, f"granularity.tolerance is {self.tolerance}; give a value in [0, 1).")
+        _check(0 < self.holdout < 0.9, f"granularity.holdout is {self.holdout}; give a share in (0, 0.9).")
+        needs = self.method == "scheme"
+        _check(needs == (self.scheme is not None), "granularity.scheme goes with method 'scheme', and only with it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionRecipe:
+    """How a unit's rounding and step sizes are learned (AdaRound, BRECQ, QDrop)."""
+
+    rounding: str = "adaround"
+    """How weights are rounded: a row of quiesce.quant.rounding.ROUNDINGS."""
+    steps: int = 20_000
+    batch_size: int = 32
+    rounding_lr: float = 1e-3
+    step_size_lr: float = 4e-5
+    """Learning rate of activation step sizes, cosine decay to 0; not used when they are not learned."""
+    learn_step_sizes: bool = True
+    regularizer_weight: float | None = None
+    """λ of Σ(1 − |2h − 1|^β). None: 0.01, or 0.1 for networks with depthwise convolutions, whose few weights per
+    channel otherwise stay undecided (with 0.01 MobileNetV2 loses several points at W2A4)."""
+    warmup: float = 0.2
+    """Share of the steps without the regularizer."""
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    drop_prob: float = 0.0
+    """Chance that an element is *not* quantized while optimizing (QDrop: 0.5; its code's ``prob`` is 1 − this)."""
+    fisher: bool = False
+    """Weight squared errors by the diagonal of the Fisher information (BRECQ, eq. 10)."""
+
+    def __post_init__(self) -> None:
+        where = "reconstruction."
+        _one_of("reconstruction.rounding", self.rounding, ROUNDING_NAMES)
+        _check_kinds(self, where)
+        _check(self.steps >= 1, f"{where}steps is {self.steps}; give 1 or more.")
+        _check(self.batch_size >= 1, f"{where}batch_size is {self.batch_size}; give 1 or more.")
+        for name in ("rounding_lr", "step_size_lr", "beta_end"):
+            _check(getattr(self, name) > 0, f"{where}{name} is {getattr(self, name)}; give a number above 0.")
+        _check(self.beta_start >= self.beta_end, f"{where}beta_start is below beta_end; β falls during the run.")
+        _check(0 <= self.warmup < 1, f"{where}warmup is {self.warmup}; give a share in [0, 1).")
+        _check(0 <= self.drop_prob < 1, f"{where}drop_prob is {self.drop_prob}; give a probability in [0, 1).")
+        weight = self.regularizer_weight
+        _check(weight is None or weight >= 0, f"{where}regularizer_weight is {weight}; give 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every setting of a run. ``reconstruction=None`` is nearest rounding, which has no granularity."""
+
+    name: str = "custom"
+    seed: int = 0
+    backend: str = "academic"
+    calibration_batch: int = 64
+    """Images per forward pass outside of optimization; changes memory and speed, not results."""
+    weights: WeightRecipe = field(default_factory=WeightRecipe)
+    activations: ActivationRecipe = field(default_factory=ActivationRecipe)
+    layers: tuple[LayerOverride, ...] = ()
+    granularity: GranularityRecipe | None = field(default_factory=GranularityRecipe)
+    reconstruction: ReconstructionRecipe | None = field(default_factory=ReconstructionRecipe)
+
+    def __post_init__(self) -> None:
+        _one_of("backend", self.backend, BACKENDS)
+        _check_kinds(self, "")
+        _check(self.calibration_batch >= 1, f"calibration_batch is {self.calibration_batch}; give 1 or more.")
+        _check(self.seed >= 0, f"seed is {self.seed!r}; give a whole number from 0.")
+        paired = (self.granularity is None) == (self.reconstruction is None)
+        _check(paired, "granularity is for reconstruction: give both sections, or neither for nearest rounding.")
+
+    @classmethod
+    def preset(cls, preset: str, **settings: Any) -> Recipe:
+        """Return the recipe called ``preset`` with ``settings`` changed.
+
+        Settings are named ``weight_*``, ``activation_*`` (``weight_bits``, ``activation_symmetric``, …),
+        ``granularity`` (the method's name), or by any field of the granularity, reconstruction or recipe itself;
+        or as in a recipe file, by section and key (``granularity.k``).
+
+        Raises:
+            RecipeError: an unknown preset or setting (the nearest name is given), or a value out of range.
+        """
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise RecipeError(f"preset {preset!r} is unknown.{nearest_name(preset, PRESETS)}")
+        return replace(PRESETS[preset], name=preset).with_settings(**settings)
+
+    def with_settings(self, **settings: Any) -> Recipe:
+        """Return a copy with flat ``settings`` changed; see :meth:`preset` for their names."""
+        changes: dict[str, dict[str, Any]] = {}
+        for key, value in settings.items():
+            section, name = _locate(key)
+            changes.setdefault(section, {})[name] = _value(section, name, value)
+        top = changes.pop("", {})
+        for section, values in changes.items():
+            part = getattr(self, section)
+            if part is None:
+                raise RecipeError(
+                    f"{next(iter(values))!r} is a setting of {section}, which recipe {self.name!r} does not have."
+                )
+            top[section] = replace(part, **values)
+        return replace(self, **top)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from nested plain data; keys left out take their defaults, unknown keys are errors."""
+        recipe: Recipe = _build(cls, data, "recipe")
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain data (JSON types only)."""
+        data: dict[str, Any] = _plain(asdict(self))
+        return data
+
+    @classmethod
+    def from_toml(cls, path: Path | str) -> Recipe:
+        """Read a TOML file. ``preset = "name"`` at its top starts from that preset instead of from the defaults."""
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"recipe file {path} can't be read: {error.strerror}.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe file {path} is not valid TOML: {error}.") from error
+        preset = data.pop("preset", None)
+        if preset is not None:
+            data = _overlay(cls.preset(preset).to_dict(), data)
+        return cls.from_dict(data)
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML that :meth:`from_toml` reads back to an equal recipe."""
+        return _toml(self.to_dict())
+
+
+_SECTIONS: dict[str, type] = {
+    "weights": WeightRecipe,
+    "activations": ActivationRecipe,
+    "granularity": GranularityRecipe,
+    "reconstruction": ReconstructionRecipe,
+}
+# None in a nullable setting, as it is written in TOML, which has no null.
+_NULL_WORDS = {("activations", "bits"): "float"}
+
+
+def _locate(key: str) -> tuple[str, str]:
+    """Map a flat setting name to (section, field)."""
+    if key == "granularity":
+        return "granularity", "method"
+    names = {f.name: ("", f.name) for f in fields(Recipe) if f.name not in _SECTIONS}
+    for section in ("granularity", "reconstruction"):
+        names |= {f.name: (section, f.name) for f in fields(_SECTIONS[section])}
+    names |= {f"weight_{f.name}": ("weights", f.name) for f in fields(WeightRecipe)}
+    names |= {f"activation_{f.name}": ("activations", f.name) for f in fields(ActivationRecipe)}
+    names |= {f"{section}.{f.name}": (section, f.name) for section, part in _SECTIONS.items() for f in fields(part)}
+    if key not in names:
+        alike = [n for n in ("granularity", *names) if ("." in n) == ("." in key)]
+        raise RecipeError(f"setting {key!r} is unknown.{nearest_name(key, alike)}")
+    return names[key]
+
+
+def _value(section: str, name: str, value: Any) -> Any:
+    """Turn plain data into the value of a field: lists into tuples, tables into overrides, null words into None."""
+    if name == "layers" and isinstance(value, list | tuple):
+        return tuple(v if isinstance(v, LayerOverride) else _build(LayerOverride, v, "layers") for v in value)
+    null_word = _NULL_WORDS.get((section, name))
+    return None if null_word is not None and value == null_word else _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _overlay(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        under = merged.get(key)
+        merged[key] = _overlay(under, value) if isinstance(under, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where} should be a table of settings, not {data!r}.")
+    known = {f.name for f in fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in known:
+            raise RecipeError(f"{where}: key {key!r} is unknown.{nearest_name(key, sorted(known))}")
+        section = _SECTIONS.get(key) if cls is Recipe else None
+        if section is not None:
+            values[key] = None if value is None or value == "none" else _build(section, value, key)
+        else:
+            values[key] = _value(where, key, value)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise RecipeError(f"{where}: a setting has a value of the wrong kind or is missing ({error}).") from error
+
+
+def _toml(data: Mapping[str, Any]) -> str:
+    scalars = {k: v for k, v in data.items() if not isinstance(v, dict) and k != "layers"}
+    lines = [f"{k} = {_toml_value(v)}" for k, v in scalars.items() if v is not None]
+    lines += [f'{k} = "none"' for k, v in scalars.items() if v is None and k in _SECTIONS]
+    for name, table in data.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{name}]"]
+            for key, value in table.items():
+                value = _NULL_WORDS.get((name, key)) if value is None else value
+                lines += [] if value is None else [f"{key} = {_toml_value(value)}"]
+    for override in data.get("layers", []):
+        lines += ["", "[[layers]]"] + [f"{k} = {_toml_value(v)}" for k, v in override.items() if v is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return repr(value)
+
+
+def _fast(recipe: Recipe) -> Recipe:
+    """Fewer steps at higher rates: V must still be able to cross from one rounding to the other."""
+    assert recipe.reconstruction is not None
+    part = replace(recipe.reconstruction, steps=500, rounding_lr=1e-2, step_size_lr=4e-4)
+    return replace(recipe, reconstruction=part)
+
+
+_ADAROUND = Recipe(
+    granularity=GranularityRecipe(method="layer"), reconstruction=ReconstructionRecipe(learn_step_sizes=False)
+)
+_BRECQ = Recipe()
+_QDROP = Recipe(reconstruction=ReconstructionRecipe(drop_prob=0.5))
+
+PRESETS: dict[str, Recipe] = {
+    "nearest": Recipe(granularity=None, reconstruction=None),
+    "adaround": _ADAROUND,
+    "brecq": _BRECQ,
+    "qdrop": _QDROP,
+    "adaround-fast": _fast(_ADAROUND),
+    "brecq-fast": _fast(_BRECQ),
+    "qdrop-fast": _fast(_QDROP),
+}
+"""Presets by name. ``brecq`` is BRECQ as MRECG configures it: plain squared error, no drop, rounding and activation
+step sizes learned together. The ``-fast`` ones take 500 steps a unit instead of 20,000."""

@@ -1,0 +1,168 @@
+"""Reconstruction at a granularity: score modules, merge neighbours, reconstruct, and check what was gained."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from quiesce.errors import RecipeError
+from quiesce.oscillation.capacity import modcap
+from quiesce.oscillation.granularity import Groups, default_k, descent, differentials, merge, scheme_groups, select
+from quiesce.oscillation.schemes import resolve_scheme
+from quiesce.progress import Progress
+from quiesce.quant.fake_quantize import restore
+from quiesce.recipe import GranularityRecipe
+from quiesce.reconstruct.guard import Guard
+from quiesce.reconstruct.loop import Job, Pass, module_pass
+from quiesce.reconstruct.streams import Network
+
+DATA_DEPENDENT = ("loss", "loss-descent", "log-ratio")
+"""Methods whose scores are the losses of a block pass."""
+
+
+@dataclass
+class Proposal:
+    """The merges that a method asks for, and the numbers they come from."""
+
+    groups: Groups
+    capacities: list[float] = field(default_factory=list)
+    differentials: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """A granularity's final pass, and how it came about."""
+
+    kept: Pass
+    seconds: float
+    proposal: Proposal
+    merges: list[list[str]]
+    """All merged units that were asked for, by module names, over all passes."""
+    guard: dict[str, Any] | None
+    block: Pass | None
+    """The block pass it relied on, if it needed one."""
+    block_seconds: float
+    """The part of ``seconds`` that the block pass took."""
+    reused_seconds: float
+
+
+def propose(job_modules: list[str], recipe: GranularityRecipe, capacities: list[float]) -> Proposal:
+    """Return the units that ``recipe`` asks for, from the modules' capacities (pure; capacities are losses or ModCap).
+
+    Raises:
+        RecipeError: the scheme does not fit the network, or k is too large for it.
+    """
+    single: Groups = [[i] for i in range(len(job_modules))]
+    if recipe.method == "scheme":
+        assert recipe.scheme is not None
+        return Proposal(scheme_groups(job_modules, resolve_scheme(recipe.scheme)))  # type: ignore[arg-type]
+    pairs = differentials(capacities, recipe.method)
+    if recipe.method == "loss-descent":
+        mask = descent(capacities, recipe.tolerance, [1] * len(single), recipe.max_modules)
+    else:
+        k = default_k(len(pairs)) if recipe.k is None else recipe.k
+        if k > len(pairs):
+            raise RecipeError(f"granularity.k is {k}, and {len(single)} modules have {len(pairs)} pairs; give a smaller k.")
+        mask = select(pairs, k, recipe.lam, recipe.max_modules)
+    return Proposal(merge(single, mask), capacities, pairs)
+
+
+def check_granularity(job_modules: list[str], recipe: GranularityRecipe) -> None:
+    """Raise what :func:`propose` would raise, before any optimization."""
+    if recipe.method not in ("layer", "block"):
+        propose(job_modules, recipe, [float(i) for i in range(len(job_modules))])
+
+
+def block_pass(job: Job, progress: Progress) -> Pass:
+    """Reconstruct every module as a unit of its own."""
+    return module_pass(job, [[i] for i in range(len(job.modules))], progress)
+
+
+def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: Pass | None) -> Outcome:
+    """Reconstruct at the granularity of ``recipe``, on top of ``block``, a block pass of the same job, if there is one.
+
+    A block pass is made when the scores or the guard need one. The network is left in the state of the outcome's
+    ``kept`` pass.
+    """
+    began = time.perf_counter()
+    made = 0.0
+    if block is None and (recipe.guard or recipe.method in DATA_DEPENDENT):
+        block = block_pass(job, progress)
+        made = block.seconds
+    scores = modcap(job.network.gm, job.modules, recipe.alpha)
+    if recipe.method in DATA_DEPENDENT and block is not None:
+        scores = [loss.absolute for loss in block.losses]
+    proposal = propose([m.name for m in job.modules], recipe, scores)
+    guard = Guard(Network(job.network.gm), job.inputs, job.images, job.recipe.calibration_batch) if recipe.guard else None
+    final, merges, trials = _passes(job, recipe, progress, proposal.groups, block, guard)
+    report, kept = _final_comparison(job, guard, trials, final, block)
+    restore(job.network.gm, kept.state)
+    seconds = time.perf_counter() - began + (block.seconds if block is not None and not made else 0.0)
+    names = [[job.modules[i].name for i in group] for group in merges]
+    block_seconds = 0.0 if block is None else block.seconds
+    return Outcome(kept, seconds, proposal, names, report, block, block_seconds, final.reused_seconds)
+
+
+def _passes(
+    job: Job, recipe: GranularityRecipe, progress: Progress, groups: Groups, block: Pass | None, guard: Guard | None
+) -> tuple[Pass, Groups, list[Any]]:
+    """One pass, or for loss-descent as many as it takes until no loss falls from a unit to the next."""
+    result = module_pass(job, groups, progress, block, guard)
+    merges, trials = _merged(groups), list(result.trials)
+    tried = {tuple(group) for group in merges}
+    while recipe.method == "loss-descent":
+        losses = [result.losses[group[-1]].absolute for group in result.groups]
+        sizes = [len(group) for group in result.groups]
+        again = merge(result.groups, descent(losses, recipe.tolerance, sizes, recipe.max_modules))
+        again = _without(again, tried, result.groups)
+        new = [g for g in _merged(again) if tuple(g) not in tried]
+        if not new:
+            break
+        result = module_pass(job, again, progress, result, guard)
+        merges, trials = merges + new, trials + result.trials
+        tried |= {tuple(group) for group in new}
+    return result, merges, trials
+
+
+def _without(groups: Groups, tried: set[tuple[int, ...]], parts: Groups) -> Groups:
+    """Split groups again that were tried, and are not part of the network, into the parts it has."""
+    kept: Groups = []
+    for group in groups:
+        if tuple(group) in tried and group not in parts:
+            kept += [part for part in parts if part[0] in group]
+        else:
+            kept.append(group)
+    return kept
+
+
+def _merged(groups: Groups) -> Groups:
+    return [group for group in groups if len(group) > 1]
+
+
+def _final_comparison(
+    job: Job, guard: Guard | None, trials: list[Any], final: Pass, block: Pass | None
+) -> tuple[dict[str, Any] | None, Pass]:
+    """Compare the finished network with the plain block result on held-out images; the better one is kept."""
+    if guard is None or block is None:
+        return None, final
+    restore(job.network.gm, final.state)
+    merged_error = guard.error_of_network()
+    restore(job.network.gm, block.state)
+    block_error = guard.error_of_network()
+    keep_merged = merged_error < block_error
+    report = {
+        "holdout": guard.images,
+        "trials": [
+            {
+                "modules": t.modules,
+                "merged_error": t.merged_error,
+                "unmerged_error": t.unmerged_error,
+                "accepted": t.accepted,
+            }
+            for t in trials
+        ],
+        "final": {"merged_error": merged_error, "block_error": block_error},
+        "kept": "merged" if keep_merged else "block",
+    }
+    return report, final if keep_merged else block

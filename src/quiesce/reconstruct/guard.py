@@ -1,0 +1,64 @@
+"""The guard: a merge stays only if held-out images say that the whole network gained by it.
+
+A lower local loss does not imply a better network: the unit may have fitted the calibration images. So a merged unit and
+its unmerged counterpart are compared at the network's output, on images nobody optimized on, with everything behind
+the unit still float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quiesce.reconstruct.streams import Network, Streams, Tensors
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One merge that was tried, with the held-out output errors of both sides."""
+
+    modules: list[str]
+    merged_error: float
+    unmerged_error: float
+
+    @property
+    def accepted(self) -> bool:
+        return self.merged_error < self.unmerged_error
+
+
+class Guard:
+    """Measures held-out output errors E‖ŷ − y‖² / E‖y‖² against the float network.
+
+    ``network`` is its own view of the graph, so that its forward passes are counted apart.
+    """
+
+    def __init__(self, network: Network, inputs: Tensors, first: int, batch: int) -> None:
+        """``inputs`` are all calibration images; those from index ``first`` on are held out."""
+        self.network = network
+        self.first = first
+        self.batch = batch
+        self.images = next(iter(inputs.values())).shape[0] - first
+        self._inputs = self._held_out(inputs)
+        self._float = network.run(0, network.end, self._inputs, batch, quantized=False)
+
+    def error_behind(self, streams: Streams, stop: int) -> float:
+        """Error when the network is quantized as it is now from ``streams`` to ``stop``, and float behind that."""
+        held = self._held_out(streams.quantized)
+        behind = self.network.run(streams.position, stop, held, self.batch, quantized=True)
+        return self._error(self.network.run(stop, self.network.end, behind, self.batch, quantized=False))
+
+    def error_of_network(self) -> float:
+        """Error of the whole network, quantized as it is now."""
+        return self._error(self.network.run(0, self.network.end, self._inputs, self.batch, quantized=True))
+
+    def _held_out(self, tensors: Tensors) -> Tensors:
+        return {name: t[self.first :] for name, t in tensors.items()}
+
+    def _error(self, outputs: Tensors) -> float:
+        noise = energy = 0.0
+        for name in self.network.outputs:
+            target = self._float[name].to(torch.float64)
+            noise += (outputs[name].to(torch.float64) - target).square().sum().item()
+            energy += target.square().sum().item()
+        return noise / energy if energy > 0 else noise

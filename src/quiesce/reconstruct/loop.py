@@ -1,0 +1,240 @@
+"""Reconstruction of a whole network: units in order, both streams carried from one to the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quiesce.graph.unit import Unit, boundary, extract
+from quiesce.oscillation.granularity import Groups
+from quiesce.oscillation.measure import ModuleLoss, module_loss
+from quiesce.progress import Progress
+from quiesce.quant.fake_quantize import restore, snapshot
+from quiesce.recipe import Recipe, ReconstructionRecipe
+from quiesce.reconstruct.guard import Guard, Trial
+from quiesce.reconstruct.optimize import Problem, optimize
+from quiesce.reconstruct.streams import Network, Streams, Tensors
+from quiesce.result import UnitRecord
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same over all passes on one network."""
+
+    network: Network
+    modules: list[Unit]
+    """The original modules: what losses are reported for and merged units are made of."""
+    inputs: Tensors
+    """All calibration images; the first ``images`` of them are optimized on, the rest is held out."""
+    images: int
+    initial: dict[str, Tensor]
+    """The calibrated state with nearest rounding."""
+    recipe: Recipe
+    reconstruction: ReconstructionRecipe
+    regularizer_weight: float
+    fisher: Tensors | None = None
+
+
+@dataclass
+class Pass:
+    """One walk over the network and the state it left."""
+
+    state: dict[str, Tensor]
+    groups: Groups
+    """The units as optimized, as indices of modules (empty for units finer than modules)."""
+    records: list[UnitRecord]
+    losses: list[ModuleLoss]
+    """Of the original modules, in order."""
+    seconds: float
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def reused_seconds(self) -> float:
+        return sum(r.seconds for r in self.records if r.reused)
+
+
+def measure_pass(job: Job) -> Pass:
+    """Measure the network as it is now, optimizing nothing."""
+    began = time.perf_counter()
+    walk = _Walk(job)
+    for module in job.modules:
+        walk.advance(module.stop)
+    return Pass(snapshot(job.network.gm), [], [], walk.losses, time.perf_counter() - began)
+
+
+def layer_pass(job: Job, layers: Sequence[Unit], progress: Progress) -> Pass:
+    """Reconstruct units that are finer than modules, one after another."""
+    began = time.perf_counter()
+    progress.plan(len(layers) * job.reconstruction.steps)
+    restore(job.network.gm, job.initial)
+    walk = _Walk(job)
+    records = [walk.optimize(layer, list(layer.layers), job.reconstruction.steps, False, progress) for layer in layers]
+    return Pass(snapshot(job.network.gm), [], records, walk.losses, time.perf_counter() - began)
+
+
+def module_pass(
+    job: Job, groups: Groups, progress: Progress, previous: Pass | None = None, guard: Guard | None = None
+) -> Pass:
+    """Reconstruct modules in ``groups``, one unit a group.
+
+    With a ``previous`` pass, units in front of the first change are taken over from it, and a merged unit that it did
+    not have can start from its state. With a ``guard`` too, such a unit is kept only if it leaves the network's held-out
+    output closer to the float one than the previous state of the same modules does.
+    """
+    began = time.perf_counter()
+    walk = _GroupWalk(job, progress, previous, guard)
+    restore(job.network.gm, job.initial if previous is None else previous.state)
+    walk.plan(groups)
+    for group in groups:
+        walk.take(group)
+    return Pass(
+        snapshot(job.network.gm), walk.done, walk.records, walk.losses, time.perf_counter() - began, walk.trials
+    )
+
+
+class _Walk:
+    """The two streams on their way through the network, and the module losses measured on the way."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.streams = Streams.at_input(job.inputs)
+        self.losses: list[ModuleLoss] = []
+
+    def advance(self, stop: int) -> None:
+        """Move both streams to ``stop``, measuring each module that ends on the way."""
+        job, network = self.job, self.job.network
+        while self.streams.position < stop:
+            module = job.modules[len(self.losses)]
+            self.streams = self.streams.advance(network, min(stop, module.stop), job.recipe.calibration_batch)
+            if self.streams.position == module.stop:
+                produced = boundary(network.nodes, module.start, module.stop).outputs
+                self.losses.append(module_loss(self.streams.float, self.streams.quantized, produced))
+
+    def optimize(self, unit: Unit, names: list[str], steps: int, warm: bool, progress: Progress) -> UnitRecord:
+        """Optimize the unit that starts here and move behind it."""
+        began = time.perf_counter()
+        progress.enter(unit.name)
+        job = self.job
+        generator = torch.Generator(device=next(iter(job.inputs.values())).device)
+        # A seed per unit: a unit's draws do not depend on what was optimized, or reused, before it.
+        generator.manual_seed(job.recipe.seed * 1_000_003 + unit.start)
+        curve = optimize(
+            self._problem(unit),
+            job.reconstruction,
+            steps=steps,
+            regularizer_weight=job.regularizer_weight,
+            warm=warm,
+            generator=generator,
+            on_step=progress.tick,
+        )
+        seconds = time.perf_counter() - began
+        self.advance(unit.stop)
+        return UnitRecord(names, steps, seconds, curve)
+
+    def _problem(self, unit: Unit) -> Problem:
+        job, network, images = self.job, self.job.network, self.job.images
+        ends = boundary(network.nodes, unit.start, unit.stop)
+        module = extract(network.gm, network.nodes, unit.start, unit.stop)
+        feed = {name: t[:images] for name, t in self.streams.float.items()}
+        wanted = network.run(unit.start, unit.stop, feed, job.recipe.calibration_batch, quantized=False)
+        quantized = [self.streams.quantized[name][:images] for name in ends.inputs]
+        same = [self.streams.quantized[name] is self.streams.float[name] for name in ends.inputs]
+        return Problem(
+            module=module,
+            quantized_inputs=quantized,
+            float_inputs=[q if s else feed[n] for n, q, s in zip(ends.inputs, quantized, same, strict=True)],
+            targets=[wanted[name] for name in ends.outputs],
+            weights=None if job.fisher is None else [job.fisher[name][:images] for name in ends.outputs],
+        )
+
+
+class _GroupWalk(_Walk):
+    """A walk over groups of modules that reuses, merges, and takes merges back."""
+
+    def __init__(self, job: Job, progress: Progress, previous: Pass | None, guard: Guard | None) -> None:
+        super().__init__(job)
+        self.progress = progress
+        self.previous = previous
+        self.guard = guard
+        self.changed = previous is None
+        """True once something in front of here differs from the previous pass."""
+        self.done: Groups = []
+        self.records: list[UnitRecord] = []
+        self.trials: list[Trial] = []
+
+    def plan(self, groups: Groups) -> None:
+        """Announce the steps to come, as if every merge were accepted."""
+        changed = self.changed
+        for group in groups:
+            changed = changed or not self._known(group)
+            self.progress.plan(self._steps(group) if changed else 0)
+
+    def take(self, group: list[int]) -> None:
+        known = self._known(group)
+        if known and not self.changed:
+            self._reuse(group)
+        elif known or self.previous is None or self.guard is None:
+            self._reconstruct(group)
+        else:
+            self._try(group)
+
+    def _known(self, group: list[int]) -> bool:
+        return self.previous is not None and group in self.previous.groups
+
+    def _reuse(self, group: list[int]) -> None:
+        assert self.previous is not None
+        record = self.previous.records[self.previous.groups.index(group)]
+        self.advance(self._unit(group).stop)
+        self._keep(group, UnitRecord(record.modules, record.steps, record.seconds, record.loss_curve, reused=True))
+
+    def _reconstruct(self, group: list[int]) -> None:
+        """Optimize a group on the streams as they are; a merged unit starts from the previous pass if it may."""
+        unit = self._unit(group)
+        granularity = self.job.recipe.granularity
+        warm = len(group) > 1 and self.previous is not None and granularity is not None and granularity.warm_start
+        start = self.previous.state if warm and self.previous is not None else self.job.initial
+        restore(extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop), start)
+        self._keep(group, self.optimize(unit, self._names(group), self._steps(group), warm, self.progress))
+        self.changed = True
+
+    def _try(self, group: list[int]) -> None:
+        """Optimize a merged unit, and keep it only if the guard finds the network closer to its float self."""
+        assert self.previous is not None and self.guard is not None
+        before, unit = self.streams, self._unit(group)
+        held = len(self.losses)
+        restore(extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop), self.previous.state)
+        unmerged = self.guard.error_behind(before, unit.stop)
+        changed = self.changed
+        self._reconstruct(group)
+        trial = Trial(self._names(group), self.guard.error_behind(before, unit.stop), unmerged)
+        self.trials.append(trial)
+        if not trial.accepted:
+            self.streams, self.losses, self.changed = before, self.losses[:held], changed
+            self.done.pop()
+            self.records.pop()
+            restore(extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop), self.previous.state)
+            for part in self.previous.groups:
+                if part[0] in group:
+                    self.progress.plan(self._steps(part) if self.changed else 0)
+                    self.take(part)
+
+    def _keep(self, group: list[int], record: UnitRecord) -> None:
+        self.done.append(group)
+        self.records.append(record)
+
+    def _steps(self, group: list[int]) -> int:
+        granularity = self.job.recipe.granularity
+        modules = len(group) if granularity is not None and granularity.steps_per_module else 1
+        return self.job.reconstruction.steps * modules
+
+    def _unit(self, group: list[int]) -> Unit:
+        first, last = self.job.modules[group[0]], self.job.modules[group[-1]]
+        layers = tuple(layer for i in group for layer in self.job.modules[i].layers)
+        return Unit(" + ".join(self._names(group)), first.start, last.stop, layers)
+
+    def _names(self, group: list[int]) -> list[str]:
+        return [self.job.modules[i].name for i in group]

@@ -1,0 +1,71 @@
+"""Reconstruction losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quiesce.errors import ModelError
+from quiesce.reconstruct.streams import Network, Tensors
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return Σ over channels (axis 1) of (ŷ − y)², averaged over images and positions (AdaRound's and BRECQ's code)."""
+    difference = student - teacher
+    return torch.dot(difference.flatten(), difference.flatten()) * (student.shape[1] if student.ndim > 1 else 1) / student.numel()
+
+
+def weighted_squared_error(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """Return :func:`squared_error` with each element weighted (BRECQ, eq. 10)."""
+    return ((student - teacher).square() * weight).sum() * (student.shape[1] if student.ndim > 1 else 1) / student.numel()
+
+
+def fisher_weights(network: Network, inputs: Tensors, names: set[str], batch: int, generator: torch.Generator) -> Tensors:
+    """Return the squared gradients of the float network's own loss at the nodes ``names``, scaled to mean 1 each.
+
+    The loss is the cross-entropy against labels sampled from the network's softmax, so that E[g²] is the diagonal of
+    the Fisher information (BRECQ, arXiv 2102.05426, eq. 10). One forward and one backward pass.
+
+    Raises:
+        ModelError: the network's output is not one tensor of logits [images, classes].
+    """
+    module, order = _with_taps(network, names)
+    images = next(iter(inputs.values())).shape[0]
+    squares: dict[str, list[Tensor]] = {name: [] for name in order}
+    for first in range(0, images, batch):
+        network.executions += network.end
+        fed = [inputs[n][first : first + batch] for n in network.inputs]
+        fed = [t.clone().requires_grad_() if t.is_floating_point() else t for t in fed]
+        with torch.enable_grad():
+            *taps, logits = module(*fed)
+            _check_logits(logits, network)
+            labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
+            loss = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            gradients = torch.autograd.grad(loss, taps)
+        for name, gradient in zip(order, gradients, strict=True):
+            squares[name].append(gradient.square())
+    whole = {name: torch.cat(parts) for name, parts in squares.items()}
+    return {name: g / g.mean().clamp(min=torch.finfo(g.dtype).tiny) for name, g in whole.items()}
+
+
+def _with_taps(network: Network, names: set[str]) -> tuple[torch.nn.Module, list[str]]:
+    """The float network as a module that also returns the tensors ``names``, and their order."""
+    from torch import fx
+
+    graph = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    for node in network.gm.graph.nodes:
+        if node.op == "output":
+            order = [n for n in mapped if n.name in names]
+            graph.output((*[mapped[n] for n in order], *[mapped[n] for n in node.args[0]]))
+        elif node.op == "call_module":
+            mapped[node] = mapped[node.args[0]]
+        else:
+            mapped[node] = graph.node_copy(node, mapped.__getitem__)
+    return fx.GraphModule(network.gm, graph), [n.name for n in order]
+
+
+def _check_logits(logits: Tensor, network: Network) -> None:
+    if len(network.outputs) != 1 or logits.ndim != 2 or logits.shape[1] < 2:
+        shapes = f"{len(network.outputs)} outputs" if len(network.outputs) != 1 else f"shape {list(logits.shape)}"
+        raise ModelError(f"Fisher weighting needs logits [images, classes], and the network returns {shapes}; set fisher = false.")

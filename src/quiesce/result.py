@@ -1,0 +1,160 @@
+"""Results as plain data: what a run measured, as JSON with a versioned schema (documented in docs/result.md)."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quiesce.errors import FileFormatError
+from quiesce.outputs import write_text
+
+SCHEMA = 1
+
+
+@dataclass
+class UnitRecord:
+    """What happened to one reconstruction unit."""
+
+    modules: list[str]
+    """Names of the original modules (or layers) that the unit holds, first to last."""
+    steps: int
+    seconds: float
+    loss_curve: list[list[float]] = field(default_factory=list)
+    """Pairs ``[step, loss]``: the reconstruction loss (no regularizer) averaged since the pair before."""
+    reused: bool = False
+    """True when the unit was taken over from the block pass instead of being optimized again."""
+
+
+@dataclass
+class Run:
+    """One quantization of the network by one preset at one granularity."""
+
+    preset: str
+    granularity: str | None
+    weight_bits: int
+    activation_bits: int | None
+    """None means that activations stayed float."""
+    seed: int
+    top1: float | None = None
+    """Share of correct labels in per cent; None without labels."""
+    agreement: float | None = None
+    """Share of images, in per cent, whose top-1 equals the float network's; None without evaluation data."""
+    sqnr_db: float | None = None
+    """10·log10(E‖y‖² / E‖y − ŷ‖²) of the outputs on the evaluation data."""
+    seconds: float = 0.0
+    """Wall time of everything this run needed, a block pass it relied on included."""
+    units: list[list[str]] = field(default_factory=list)
+    module_losses: dict[str, float] = field(default_factory=dict)
+    """L_i of every original module: squared error summed over channels, averaged over images and positions."""
+    relative_losses: dict[str, float] = field(default_factory=dict)
+    """L_i / E‖f_i‖², same modules."""
+    peak_loss: float = 0.0
+    final_loss: float = 0.0
+    oscillation: float = 0.0
+    """Σ (L_i − L_{i+1})² over neighbouring modules."""
+    relative_peak_loss: float = 0.0
+    relative_final_loss: float = 0.0
+    relative_oscillation: float = 0.0
+    unit_records: list[UnitRecord] = field(default_factory=list)
+    capacities: dict[str, float] = field(default_factory=dict)
+    """The score of each module from which merges were chosen (empty for layer, block, nearest and scheme)."""
+    differentials: list[float] = field(default_factory=list)
+    """The differential of each pair of neighbours (i, i+1), divided by the largest."""
+    proposed_merges: list[list[str]] = field(default_factory=list)
+    """Merged units that selection asked for, before the guard."""
+    guard: dict[str, Any] | None = None
+    """What the guard tried: ``{"holdout": n, "trials": [{"modules", "merged_error", "unmerged_error",
+    "accepted"}], "final": {"merged_error", "block_error"}, "kept": "merged" | "block"}``; None if it was off."""
+    reused_seconds: float = 0.0
+    """Optimization time saved by taking units over from the block pass."""
+
+
+@dataclass
+class Result:
+    """Everything a run leaves to be read: ``result.json``."""
+
+    model: str
+    float: dict[str, Any]
+    runs: list[Run]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    schema: int = SCHEMA
+
+    @property
+    def run(self) -> Run:
+        """The run that made the network this result belongs to (the last one)."""
+        return self.runs[-1]
+
+    def to_json(self) -> str:
+        data = asdict(self)
+        ordered = {"schema": data.pop("schema"), **data}
+        return json.dumps(ordered, indent=2, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> Path:
+        """Write ``path`` aside and rename it, so that a half-written result never looks finished."""
+        write_text(Path(path), self.to_json())
+        return Path(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FileFormatError(f"{path} can't be read ({error.strerror}); give a folder that a run has written.") from error
+        except ValueError as error:
+            raise FileFormatError(f"{path} is not valid JSON ({error}); it may be truncated, run again.") from error
+        return cls.from_dict(data, str(path))
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "result") -> Result:
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise FileFormatError(f"{where} is not a result of schema {SCHEMA}; it was written by another program or version.")
+        try:
+            runs = [_run(r) for r in data["runs"]]
+            return cls(**{**{f.name: data[f.name] for f in fields(cls)}, "runs": runs})
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{where} lacks or garbles the entry {error}; run again to get a whole result.") from error
+
+
+def _run(data: dict[str, Any]) -> Run:
+    return Run(**{**data, "unit_records": [UnitRecord(**u) for u in data["unit_records"]]})
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python, and the libraries that decide the numbers."""
+    found = {"quiesce": metadata.version("quiesce"), "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchvision", "timm", "numpy", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Where the run took place, in the words of the machine itself."""
+    found: dict[str, Any] = {
+        "device": device.type,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
