@@ -33,10 +33,15 @@ class OutputError(QuiesceError):
     """Results can't be written where asked."""
 
 
+MOST_NAMES = 12
+"""Names that a message lists when none is close to what was given."""
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` with the closest of ``known``, or the list of names if none is close."""
     names = [str(k) for k in known]
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     if close:
         return f" Did you mean {close[0]!r}?"
-    return f" Known: {', '.join(names)}."
+    shown = ", ".join(names[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
+    return f" Known: {shown}."

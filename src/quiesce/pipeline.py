@@ -298,7 +298,7 @@ def _check_batch(recipe: Recipe, images: int) -> None:
 def _job(prepared: Prepared, recipe: Recipe) -> Job:
     network = Network(prepared.graph)
     flat = interface_of(prepared.graph).flatten(prepared.samples.args, prepared.samples.kwargs)
-    inputs = dict(zip(network.inputs, flat, strict=True))
+    inputs = {name: _laid_out(tensor) for name, tensor in zip(network.inputs, flat, strict=True)}
     reconstruction = recipe.reconstruction
     fisher = None
     if reconstruction is not None and reconstruction.fisher:
@@ -316,6 +316,11 @@ def _job(prepared: Prepared, recipe: Recipe) -> Job:
         regularizer_weight=regularizer_weight(prepared.graph, recipe),
         fisher=fisher,
     )
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """Images with channels last in memory: convolutions, depthwise ones above all, are several times faster so."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def _finest(recipe: Recipe) -> str:

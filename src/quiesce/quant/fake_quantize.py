@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quiesce.errors import ModelError
-from quiesce.quant.functional import dequantize, fake_quantize
+from quiesce.quant.functional import dequantize, fake_quantize, learned_fake_quantize
 from quiesce.quant.rounding import ROUNDINGS
 from quiesce.quant.rounding.nearest import nearest
 from quiesce.quant.spec import QuantizationSpec
@@ -82,9 +82,20 @@ class Drop:
     generator: torch.Generator
 
     def mix(self, quantized: Tensor, unquantized: Tensor) -> Tensor:
-        """Return, element by element, ``unquantized`` with probability ``prob``, else ``quantized``."""
-        chance = torch.rand(quantized.shape, generator=self.generator, device=quantized.device)
-        return torch.where(chance < self.prob, unquantized, quantized)
+        """Return, element by element, ``unquantized`` with probability ``prob``, else ``quantized``.
+
+        Eight elements share one random 64-bit number, so ``prob`` is resolved to 1/256.
+        """
+        count = quantized.numel()
+        words = torch.empty(-(-count // 8), dtype=torch.int64, device=quantized.device)
+        words.random_(-(2**63), None, generator=self.generator)
+        dropped = (words.view(torch.uint8)[:count] < round(256 * self.prob)).to(quantized.dtype)
+        return torch.lerp(quantized, unquantized, dropped.as_strided(quantized.shape, _dense_strides(quantized)))
+
+
+def _dense_strides(like: Tensor) -> tuple[int, ...]:
+    """Strides of a tensor without gaps that lies in memory as ``like`` does."""
+    return torch.empty_like(like, device="meta").stride()
 
 
 class ActivationFakeQuantize(nn.Module):
@@ -98,15 +109,30 @@ class ActivationFakeQuantize(nn.Module):
         self.spec = spec
         self.enabled = True
         self.drop: Drop | None = None
+        self._learned_bounds: tuple[float, float] | None = None
         self.register_buffer("scale", like.new_ones(()))
         self.register_buffer("zero_point", like.new_zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
-        spec = self.spec
-        quantized = fake_quantize(x, self.scale, self.zero_point, spec.quant_min, spec.quant_max)
+        if self._learned_bounds is None:
+            spec = self.spec
+            return fake_quantize(x, self.scale, self.zero_point, spec.quant_min, spec.quant_max)
+        quantized = learned_fake_quantize(x, self.scale, *self._learned_bounds)
         return quantized if self.drop is None else self.drop.mix(quantized, x)
+
+    def start_learning(self, drop: Drop | None, learn_scale: bool) -> None:
+        """Prepare for the optimization loop: gradients flow through, elements are dropped, the scale may be learned."""
+        zero_point = float(self.zero_point)
+        self._learned_bounds = (self.spec.quant_min - zero_point, self.spec.quant_max - zero_point)
+        self.drop = drop
+        self.scale.requires_grad_(learn_scale)
+
+    def stop_learning(self) -> None:
+        self._learned_bounds = self.drop = None
+        self.scale.requires_grad_(False)
+        self.scale.grad = None
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         self.scale.copy_(scale)

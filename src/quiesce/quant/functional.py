@@ -28,32 +28,52 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
     0 outside; for ``scale`` the rounding residual inside and the clipped integer outside.
     """
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-untyped-call]
-        return result
+        zero = float(zero_point)
+        return learned_fake_quantize(x, scale, quant_min - zero, quant_max - zero)
     return dequantize(quantize(x, scale, zero_point, quant_min, quant_max), scale, zero_point)
 
 
+def learned_fake_quantize(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """Return :func:`fake_quantize` of ``x`` on the grid ``scale · {low, …, high}``, the bounds less the zero point.
+
+    For the optimization loop: the bounds are numbers, so that nothing is read back from the device.
+    """
+    result: Tensor = _FakeQuantize.apply(x, scale, low, high)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _FakeQuantize(torch.autograd.Function):
-    """One backward formula instead of the chain of divide, round, add, clip, subtract, multiply."""
+    """One backward formula instead of the chain of divide, round, clip, multiply."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
         steps = x / scale
-        low, high = quant_min - zero_point, quant_max - zero_point
-        rounded = torch.round(steps)
-        clipped = torch.clamp(rounded, low, high)
-        inside = rounded == clipped
-        ctx.save_for_backward(steps, clipped, inside)
-        ctx.scale = scale
+        clipped = torch.round(steps).clamp_(low, high)
+        ctx.save_for_backward(steps, clipped)
+        # What rounds into the range; on ties at its two ends the gradient may be either.
+        ctx.inside = (low - 0.5, high + 0.5)
         return clipped * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        steps, clipped, inside = ctx.saved_tensors
-        grad_inside = grad * inside
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            # Σ g·clipped − Σ g·1[inside]·x/s, without another full-size tensor.
-            grad_scale = torch.dot(grad.flatten(), clipped.flatten()) - torch.dot(grad_inside.flatten(), steps.flatten())
-        return grad_inside, grad_scale, None, None, None
+        steps, clipped = ctx.saved_tensors
+        inside = torch.ops.aten.hardtanh_backward(grad, steps, *ctx.inside)
+        # Σ g·clipped − Σ g·1[inside]·x/s
+        grad_scale = inner(grad, clipped) - inner(inside, steps) if ctx.needs_input_grad[1] else None
+        return inside, grad_scale, None, None
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return Σ a·b of two tensors of one shape, without a temporary when they lie alike in memory."""
+    if a.stride() == b.stride() and _is_dense(a):
+        return torch.dot(_in_memory_order(a), _in_memory_order(b))
+    return (a * b).sum()
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    return x.as_strided((x.numel(),), (1,))

@@ -11,13 +11,16 @@ from quiesce.reconstruct.streams import Network, Tensors
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Return Σ over channels (axis 1) of (ŷ − y)², averaged over images and positions (AdaRound's and BRECQ's code)."""
-    difference = student - teacher
-    return torch.dot(difference.flatten(), difference.flatten()) * (student.shape[1] if student.ndim > 1 else 1) / student.numel()
+    return torch.nn.functional.mse_loss(student, teacher, reduction="sum") * (_channels(student) / student.numel())
 
 
 def weighted_squared_error(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """Return :func:`squared_error` with each element weighted (BRECQ, eq. 10)."""
-    return ((student - teacher).square() * weight).sum() * (student.shape[1] if student.ndim > 1 else 1) / student.numel()
+    return ((student - teacher).square() * weight).sum() * (_channels(student) / student.numel())
+
+
+def _channels(tensor: Tensor) -> int:
+    return tensor.shape[1] if tensor.ndim > 1 else 1
 
 
 def fisher_weights(network: Network, inputs: Tensors, names: set[str], batch: int, generator: torch.Generator) -> Tensors:

@@ -46,15 +46,11 @@ def optimize(
     on_step: Callable[[], None],
 ) -> list[list[float]]:
     """Learn the unit's state in place, harden it, and return the loss curve (pairs ``[step, loss]``)."""
-    learned = _Learned.attach(problem.module, recipe, warm)
     drop = Drop(recipe.drop_prob, generator) if recipe.drop_prob > 0 else None
-    for quantizer in learned.activations:
-        quantizer.drop = drop
+    learned = _Learned.attach(problem.module, recipe, warm, drop)
     try:
         return _run(problem, recipe, learned, drop, steps, regularizer_weight, generator, on_step)
     finally:
-        for quantizer in learned.activations:
-            quantizer.drop = None
         learned.harden()
 
 
@@ -67,7 +63,7 @@ class _Learned:
     step_sizes: list[Tensor]
 
     @classmethod
-    def attach(cls, module: fx.GraphModule, recipe: ReconstructionRecipe, warm: bool) -> _Learned:
+    def attach(cls, module: fx.GraphModule, recipe: ReconstructionRecipe, warm: bool, drop: Drop | None) -> _Learned:
         weights, activations = [], []
         for node in module.graph.nodes:
             quantizer = getattr(module, str(node.target)) if node.op == "call_module" else None
@@ -75,9 +71,9 @@ class _Learned:
                 quantizer.start_rounding(recipe.rounding, getattr(module, str(node.args[0].target)), warm)
                 weights.append(quantizer)
             elif isinstance(quantizer, ActivationFakeQuantize):
+                quantizer.start_learning(drop, recipe.learn_step_sizes)
                 activations.append(quantizer)
-        learn = activations if recipe.learn_step_sizes else []
-        return cls(weights, activations, [q.scale.requires_grad_() for q in learn])
+        return cls(weights, activations, [q.scale for q in activations if recipe.learn_step_sizes])
 
     def roundings(self) -> list[torch.nn.Module]:
         return [q.rounding for q in self.weights if q.rounding is not None]
@@ -85,9 +81,8 @@ class _Learned:
     def harden(self) -> None:
         for quantizer in self.weights:
             quantizer.harden()
-        for scale in self.step_sizes:
-            scale.requires_grad_(False)
-            scale.grad = None
+        for activation in self.activations:
+            activation.stop_learning()
 
 
 def _run(

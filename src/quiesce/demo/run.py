@@ -1,0 +1,56 @@
+"""The demo: one network, one table, six ways to quantize it to 2-bit weights and 4-bit activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quiesce.demo.assets import load_images, load_network, preprocessing
+from quiesce.pipeline import QuantizedModel, prepare, run
+from quiesce.progress import ProgressCallback
+from quiesce.recipe import Recipe
+from quiesce.report.html import write_report
+from quiesce.result import Result, Run
+
+STEPS = 150
+"""Steps a unit, so that all methods together take minutes on two CPU cores; the presets take more."""
+BITS = {"weight_bits": 2, "activation_bits": 4}
+
+
+def recipes(seed: int) -> dict[str, Recipe]:
+    """Return the recipes of the demo's rows; the last is the one whose network is saved."""
+    settings = {**BITS, "seed": seed}
+    qdrop = Recipe.preset("qdrop-fast", **settings, steps=STEPS)
+    return {
+        "nearest": Recipe.preset("nearest", **settings),
+        "adaround": Recipe.preset("adaround-fast", **settings, steps=STEPS),
+        "brecq": Recipe.preset("brecq-fast", **settings, steps=STEPS),
+        "qdrop": qdrop,
+        "qdrop + modcap": qdrop.with_settings(granularity="modcap"),
+        "qdrop + loss": qdrop.with_settings(granularity="loss"),
+    }
+
+
+def run_demo(out: Path, seed: int, progress: ProgressCallback | None = None) -> Result:
+    """Quantize the embedded network by every recipe and write the last one's network, result and report to ``out``.
+
+    All rows optimize on the same images: those that the guard holds out are held out from all of them.
+    """
+    calibration, test, labels = load_images()
+    rows = recipes(seed)
+    final = rows["qdrop + loss"]
+    prepared = prepare(load_network(), calibration, final, evaluate=[(test, labels)], name="demo")
+    runs: list[Run] = []
+    block = None
+    for name, recipe in rows.items():
+        named = None if progress is None else _prefixed(name, progress)
+        made, done = run(prepared, recipe, block=block, progress=named)
+        block = done if name == "qdrop" else block
+        runs += made
+    result = prepared.result(runs, final)
+    QuantizedModel(prepared.graph, result, final, preprocessing()).save(out)
+    write_report(result, out / "report.html")
+    return result
+
+
+def _prefixed(name: str, progress: ProgressCallback) -> ProgressCallback:
+    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)

@@ -1,0 +1,453 @@
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from quiesce.cli import app, main, read_recipe, results_table
+from quiesce.errors import RecipeError
+from quiesce.recipe import GRANULARITIES, PRESETS, Recipe
+from quiesce.result import Result, Run
+
+SOURCE = """
+import pathlib
+import torch
+from torch import nn
+
+def net():
+    pathlib.Path("loaded").touch()
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()]
+    layers += [nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+
+def no_weights():
+    return nn.Sequential(nn.ReLU())
+
+def images(size=8, count=3):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield torch.randn(16, 3, size, size, generator=generator), torch.randint(3, (16,), generator=generator)
+
+def larger():
+    return images(9)
+
+def other_dtype():
+    return [x.double() for x, _ in images()]
+
+def nothing():
+    return []
+
+def infinite():
+    return [torch.full((2, 3, 8, 8), float("inf"))]
+"""
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def write_source(folder: Path) -> Path:
+    (folder / "cli_source.py").write_text(SOURCE)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a network and data."""
+    monkeypatch.chdir(write_source(tmp_path))
+    monkeypatch.delitem(sys.modules, "cli_source", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+QUANTIZE = ("quantize", "cli_source:net", "--calibration", "cli_source:images")
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of one whole run, shared by the tests that only read it."""
+    folder = write_source(tmp_path_factory.mktemp("quantized"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delitem(sys.modules, "cli_source", raising=False)
+        recipe = ("--preset", "qdrop-fast", "--weight-bits", "3", "--steps", "3", "--seed", "7", "--images", "40")
+        more = ("--activation-bits", "float", "--evaluate", "cli_source:images", "--evaluate-images", "20")
+        with pytest.raises(SystemExit) as ended:
+            main([*QUANTIZE, *recipe, *more, "--set", "batch_size=8", "--out", "out"])
+        assert ended.value.code == 0
+    yield folder / "out"
+
+
+class TestHelp:
+    def test_all_commands_are_listed(self) -> None:
+        result = CliRunner().invoke(app, ["--help"])
+        assert result.exit_code == 0
+        for name in ("demo", "quantize", "evaluate", "analyze", "report"):
+            assert re.search(rf"{name} +\S", result.output)
+
+    @pytest.mark.parametrize("name", ["demo", "quantize", "evaluate", "analyze", "report"])
+    def test_every_option_is_explained(self, name: str) -> None:
+        result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0
+        for line in result.output.splitlines():
+            if re.match(r"│ \*? *--", line):
+                assert re.search(r"[A-Z][^│]{4,}\.", line), line
+
+    def test_names_come_from_the_recipe(self) -> None:
+        text = CliRunner().invoke(app, ["quantize", "--help"], env={"COLUMNS": "300"}).output
+        assert all(name in text for name in (*PRESETS, *GRANULARITIES))
+
+    def test_version(self, command: Command) -> None:
+        code, out, _ = command("--version")
+        assert code == 0 and re.fullmatch(r"quiesce \d+\.\d+\.\d+\S*\n", out)
+
+    def test_wrong_usage(self, command: Command) -> None:
+        code, _, err = command("quantize", "cli_source:net", "--calibation", "x")
+        assert code == 2 and "--calibration" in err
+
+
+class TestQuantize:
+    def test_writes_everything(self, quantized: Path) -> None:
+        names = {p.name for p in quantized.iterdir()}
+        assert names == {"quantized.json", "quantized.safetensors", "result.json", "recipe.toml", "report.html"}
+        assert not [p for p in quantized.parent.iterdir() if "partial" in p.name]
+
+    def test_options_reach_the_recipe_and_the_result(self, quantized: Path) -> None:
+        recipe = Recipe.from_toml(quantized / "recipe.toml")
+        expected = Recipe.preset("qdrop-fast", weight_bits=3, activation_bits=None, steps=3, seed=7, batch_size=8)
+        assert recipe == expected
+        result = Result.read(quantized / "result.json")
+        assert result.model == "cli_source:net" and result.recipe == expected.to_dict()
+        assert (result.run.weight_bits, result.run.activation_bits, result.run.seed) == (3, None, 7)
+        assert result.run.top1 is not None and (result.run.top1 / 5) % 1 == 0  # a share of 20 images
+
+    def test_a_folder_of_images_is_prepared_as_told_and_the_network_remembers(
+        self, place: Path, command: Command
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for i in range(8):
+            pixels = torch.randint(256, (12, 10, 3), generator=generator, dtype=torch.uint8)
+            folder = place / "photos" / f"class{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+        how = ("--resize", "9", "--crop", "8", "--mean", "0.5,0.4,0.3", "--std", "0.2,0.2,0.2")
+        arguments = ("quantize", "cli_source:net", "--calibration", "photos", "--preset", "nearest", "--out", "out")
+        code, _, err = command(*arguments, *how)
+        assert code == 1 and "--interpolation is missing" in err
+        code, out, err = command(*arguments, *how, "--interpolation", "bilinear", "--evaluate", "photos")
+        assert code == 0, err
+        assert "nearest" in out and str(Path("out/report.html")) in out
+        result = Result.read(place / "out" / "result.json")
+        code, out, err = command("evaluate", "out", "--data", "photos")
+        assert code == 0, err
+        assert result.run.top1 is not None and f"{result.run.top1:.2f}" in out
+
+    def test_progress_goes_to_stderr_and_the_table_to_stdout(self, place: Path, command: Command) -> None:
+        settings = ("--preset", "brecq-fast", "--steps", "2", "--set", "batch_size=4")
+        code, out, err = command(*QUANTIZE, *settings, "--out", "out")
+        assert code == 0, err
+        assert "brecq-fast" in out and "100%" in err and "100%" not in out
+
+
+class TestOutputFolder:
+    def test_other_results_are_refused_before_any_work(self, place: Path, command: Command) -> None:
+        (place / "out").mkdir()
+        (place / "out" / "result.json").write_text("earlier")
+        code, _, err = command(*QUANTIZE, "--preset", "nearest", "--out", "out")
+        assert code == 1 and "holds other results; choose another folder, or --force" in err
+        assert not (place / "loaded").exists()
+        assert (place / "out" / "result.json").read_text() == "earlier"
+        code, _, err = command(*QUANTIZE, "--preset", "nearest", "--force", "--out", "out")
+        assert code == 0, err
+        # What a run writes can itself be replaced: every file of it is known.
+        code, _, err = command(*QUANTIZE, "--preset", "nearest", "--force", "--out", "out")
+        assert code == 0, err
+        assert Result.read(place / "out" / "result.json").run.preset == "nearest"
+
+    def test_a_full_disk(self, place: Path) -> None:
+        """In a process of its own, whose files the system keeps below 3,000 bytes."""
+        arguments = [*QUANTIZE, "--preset", "nearest", "--out", "runs/out"]
+        done = subprocess.run(
+            [sys.executable, "-c", "from quiesce.cli import main; main()", *arguments],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1, done.stderr
+        assert re.search(r"^error: .*out.* can't be written \(.*File too large.*\); free space", done.stderr, re.M)
+        assert "Traceback" not in done.stderr
+        assert not (place / "runs").exists()
+
+
+class TestBadInput:
+    """One clear error, exit code 1, and nothing written."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--calibration", "cli_source:nothing"), "calibration data is empty"),
+            (("--calibration", "cli_source:infinite"), "batch 0, input 0, holds NaN or infinite"),
+            (("--calibration", "missing"), "calibration data 'missing' is not there"),
+            (("--calibration", "cli_source:imags"), "Did you mean 'images'"),
+            (("--evaluate", "cli_source:larger"), r"evaluation data is float32 \[N, 3, 9, 9\]"),
+            (("--evaluate", "cli_source:other_dtype"), r"evaluation data is float64"),
+            (("--evaluate", "cli_source:nothing"), "evaluation data is empty"),
+            (("--preset", "qdorp"), "preset 'qdorp' is unknown. Did you mean 'qdrop'"),
+            (("--granularity", "modcp"), "granularity 'modcp' is unknown. Did you mean 'modcap'"),
+            (("--set", "backend=academik"), "backend 'academik' is unknown. Did you mean 'academic'"),
+            (("--set", "stps=3"), "setting 'stps' is unknown. Did you mean 'steps'"),
+            (("--set", "steps"), "'steps' is not of the form key=value"),
+            (("--set", "steps=[1"), "not valid TOML"),
+            (("--weight-bits", "1"), "weights.bits is 1; give a whole number from 2 to 8"),
+            (("--activation-bits", "9"), "activations.bits is 9; give a whole number from 2 to 8"),
+            (("--activation-bits", "four"), "--activation-bits is 'four'"),
+            (("--seed", "-1"), "seed is -1"),
+            (("--steps", "0"), "steps is 0"),
+            (("--recipe", "none.toml"), "recipe file none.toml can't be read"),
+            (("--weights", "none.pt"), "weight file none.pt is not there"),
+            (("--weights", "random"), "makes its own weights"),
+            (("--weights-by-order",), "only from a file"),
+            (("--device", "gpu"), "device 'gpu' can't be used"),
+            (("--crop", "a"), "--crop is 'a'; give whole numbers"),
+            (("--resize", "1,2,3"), "--resize is '1,2,3'"),
+            (("--interpolation", "bicubic"), "--resize, --crop, --mean, --std are missing"),
+            (("--out", "cli_source.py"), "is a file; choose a folder"),
+        ],
+    )
+    def test_options(self, place: Path, command: Command, arguments: tuple[str, ...], message: str) -> None:
+        code, out, err = command(*QUANTIZE, "--steps", "1", "--out", "out", *arguments)
+        assert code == 1 and out == ""
+        (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+        assert re.search(message, line) and "Traceback" not in err
+        self.assert_nothing_written(place)
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            ("cli_source:no_weights", "."),
+            ("cli_source:nett", "Did you mean 'net'"),
+            ("timm:mobilenetv2_O50", "Did you mean 'mobilenetv2_050'"),
+            ("resnet18", "is none of timm:NAME"),
+            ("net.pt2", "add --trust"),
+        ],
+    )
+    def test_models(self, place: Path, command: Command, model: str, message: str) -> None:
+        code, out, err = command("quantize", model, "--calibration", "cli_source:images", "--out", "out")
+        assert code == 1 and out == ""
+        assert re.search(rf"^error: .*{message}", err, re.M) and "Traceback" not in err
+        self.assert_nothing_written(place)
+
+    def test_a_weight_file_that_does_not_fit(self, place: Path, command: Command) -> None:
+        torch.save({"0.weight": torch.ones(4, 3, 5, 5), "head": torch.ones(1)}, place / "w.pt")
+        code, _, err = command(*QUANTIZE, "--weights", "w.pt", "--out", "out")
+        assert code == 1 and "w.pt does not fit the network" in err
+        assert "1 unexpected (head)" in err and "[4, 3, 5, 5] in the file, [4, 3, 3, 3] in the network" in err
+        self.assert_nothing_written(place)
+
+    def test_a_recipe_file_with_an_unknown_key(self, place: Path, command: Command) -> None:
+        (place / "r.toml").write_text("[weights]\nbit = 3\n")
+        code, _, err = command(*QUANTIZE, "--recipe", "r.toml", "--out", "out")
+        assert code == 1 and "key 'bit' is unknown. Did you mean 'bits'" in err
+
+    @pytest.mark.parametrize("arguments", [("evaluate", "none", "--data", "x"), ("report", "none")])
+    def test_a_folder_without_results(self, place: Path, command: Command, arguments: tuple[str, ...]) -> None:
+        code, _, err = command(*arguments)
+        assert code == 1 and err.startswith("error: ") and "none" in err
+        assert not (place / "none").exists()
+
+    def test_interruption(self, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("quiesce.quantize", interrupted)
+        code, _, err = command(*QUANTIZE, "--out", "out")
+        assert code == 130 and "Traceback" not in err
+        self.assert_nothing_written(place)
+
+    @staticmethod
+    def assert_nothing_written(place: Path) -> None:
+        known = {"cli_source.py", "__pycache__", "loaded", "w.pt"}
+        assert {p.name for p in place.iterdir()} <= known
+
+
+class TestEvaluateAndReport:
+    def test_evaluate_repeats_the_result(
+        self, quantized: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(quantized.parent)
+        code, out, err = command("evaluate", "out", "--data", "cli_source:images", "--images", "20")
+        assert code == 0, err
+        run = Result.read(quantized / "result.json").run
+        assert "cli_source:net" in out and f"{run.top1:.2f}" in out and "20" in out
+
+    def test_evaluate_without_labels(self, quantized: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+        import numpy as np
+
+        monkeypatch.chdir(quantized.parent)
+        np.savez("x.npz", x=np.zeros((4, 3, 8, 8), np.float32))
+        code, out, err = command("evaluate", "out", "--data", "x.npz")
+        assert code == 0, err
+        assert "no labels" in out
+
+    def test_evaluate_on_data_of_another_shape(
+        self, quantized: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import numpy as np
+
+        monkeypatch.chdir(quantized.parent)
+        np.savez("wrong.npz", x=np.zeros((4, 2, 8, 8), np.float32))
+        code, _, err = command("evaluate", "out", "--data", "wrong.npz")
+        assert code == 1 and re.match(r"error: the network of out can't be run on wrong.npz \(.*2 channels.*\);", err)
+
+    def test_report_is_written_again(self, quantized: Path, command: Command) -> None:
+        report = quantized / "report.html"
+        before = report.read_text(encoding="utf-8")
+        report.write_text("")
+        code, out, err = command("report", str(quantized))
+        assert code == 0, err
+        assert report.read_text(encoding="utf-8") == before and "report.html" in out
+
+
+class TestAnalyze:
+    def test_table_and_json(self, place: Path, command: Command) -> None:
+        code, out, err = command("analyze", "cli_source:net", "--input-shape", "3,8,8", "--json", "a.json")
+        assert code == 0, err
+        data = json.loads((place / "a.json").read_text())
+        assert all(re.search(rf"│ {module} +│", out) for module in data["modules"])
+        assert len(data["differentials"]) == len(data["modules"]) - 1
+        assert sum(len(layers) for layers in data["layers"].values()) == 4
+
+    def test_bits_change_capacities_in_proportion(self, place: Path, command: Command) -> None:
+        capacities = []
+        for bits in ("2", "4"):
+            command("analyze", "cli_source:net", "--input-shape", "3,8,8", "--weight-bits", bits, "--json", "a.json")
+            data = json.loads((place / "a.json").read_text())
+            capacities.append(data["capacities"][data["modules"][1]])
+        assert capacities[1] == 2 * capacities[0]
+
+    def test_the_input_shape_has_to_be_known(self, place: Path, command: Command) -> None:
+        code, _, err = command("analyze", "cli_source:net")
+        assert code == 1 and "give --input-shape, such as 3,224,224" in err
+        code, _, err = command("analyze", "cli_source:net", "--input-shape", "3,0,8")
+        assert code == 1 and "numbers above 0" in err
+
+    def test_what_needs_optimization_is_refused(self, place: Path, command: Command) -> None:
+        code, _, err = command("analyze", "cli_source:net", "--input-shape", "3,8,8", "--granularity", "loss")
+        assert code == 1 and "'loss' needs optimization" in err
+
+
+class TestReadRecipe:
+    def test_qdrop_unless_told(self) -> None:
+        assert read_recipe(None, None, []) == Recipe.preset("qdrop")
+
+    def test_options_win_over_settings_and_these_over_the_file(self, tmp_path: Path) -> None:
+        (tmp_path / "r.toml").write_text(
+            'preset = "brecq"\nseed = 1\n[weights]\nbits = 2\n[reconstruction]\nsteps = 5\n'
+        )
+        settings = ["weight_bits=3", "steps=6"]
+        recipe = read_recipe(tmp_path / "r.toml", None, settings, weight_bits=5, granularity=None)
+        assert recipe == Recipe.preset("brecq", seed=1, weight_bits=5, steps=6)
+
+    def test_a_file_and_a_preset_contradict(self, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match="--recipe and --preset both"):
+            read_recipe(tmp_path / "r.toml", "qdrop", [])
+
+    def test_values_are_toml_or_bare_words(self) -> None:
+        settings = [
+            "weight_range = minmax",
+            'activation_range="percentile"',
+            "guard=false",
+            "drop_prob=0.25",
+            "lam=1e-3",
+        ]
+        settings += ["granularity=scheme", 'granularity.scheme=[["a", "b"]]', 'layers=[{pattern="fc", weight_bits=8}]']
+        recipe = read_recipe(None, None, [*settings, "activations.bits=float"])
+        assert recipe == Recipe.preset(
+            "qdrop",
+            weight_range="minmax",
+            activation_range="percentile",
+            guard=False,
+            drop_prob=0.25,
+            lam=0.001,
+            granularity="scheme",
+            scheme=[["a", "b"]],
+            layers=[{"pattern": "fc", "weight_bits": 8}],
+            activation_bits=None,
+        )
+
+
+def example_result() -> Result:
+    runs = [
+        Run(preset="nearest", granularity=None, weight_bits=2, activation_bits=None, seed=3),
+        Run(
+            preset="qdrop",
+            granularity="loss",
+            weight_bits=2,
+            activation_bits=4,
+            seed=3,
+            top1=71.256,
+            agreement=80.0,
+            sqnr_db=12.34,
+            seconds=61.2,
+            units=[["a", "b"], ["c"]],
+            module_losses={"a": 0.1},
+            peak_loss=0.123456,
+            oscillation=0.5,
+        ),
+    ]
+    return Result(model="net", float={"top1": None}, runs=runs, recipe={}, versions={}, hardware={})
+
+
+def test_results_table() -> None:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(results_table(example_result()))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capture.get().splitlines() if "│" in line]
+    assert rows == [
+        ["float", "–", "32/32", "–", "–", "–", "–", "–", "–", "–"],
+        ["nearest", "–", "2/32", "–", "–", "–", "–", "–", "–", "0.0"],
+        ["qdrop", "loss", "2/4", "71.26", "80.00", "12.3", "0.1235", "0.5", "2", "61.2"],
+    ]
+
+
+def test_demo(place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's own part: the folder, the progress and the table; the demo itself has tests of its own."""
+    stand_in = ModuleType("quiesce.demo.run")
+
+    def run_demo(out: Path, seed: int, progress: Callable[[str, int, int], None]) -> Result:
+        assert list(out.iterdir()) == [] and seed == 3
+        progress("working", 1, 2)
+        (out / "result.json").write_text("{}")
+        return example_result()
+
+    stand_in.run_demo = run_demo  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "quiesce.demo.run", stand_in)
+    code, out, err = command("demo", "--seed", "3")
+    assert code == 0, err
+    assert "qdrop" in out and str(Path("runs/demo/result.json")) in out
+    code, _, err = command("demo", "--seed", "3")
+    assert code == 1 and "holds other results" in err
+    code, _, err = command("demo", "--seed", "3", "--force")
+    assert code == 0, err
