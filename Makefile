@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/quiesce demo --out runs/demo --force
 
 test: lint
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not long and not gpu"
 
 test-long: $(TEST_STAMP)
 	$(BIN)/python -m pytest

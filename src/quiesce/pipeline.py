@@ -41,7 +41,9 @@ class QuantizedModel(nn.Module):
     ``result`` says what was done and measured, ``recipe`` how, ``preprocessing`` (plain data or None) what its images need.
     """
 
-    def __init__(self, graph: fx.GraphModule, result: Result, recipe: Recipe, preprocessing: dict[str, Any] | None) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, result: Result, recipe: Recipe, preprocessing: dict[str, Any] | None
+    ) -> None:
         super().__init__()
         self.graph_module = graph
         self.result = result
@@ -59,7 +61,9 @@ class QuantizedModel(nn.Module):
         Raises:
             OutputError: ``folder`` holds files already, or the system can't write there.
         """
-        return write_checkpoint(Checkpoint(self.graph_module, self.result, self.recipe, self.preprocessing), Path(folder))
+        return write_checkpoint(
+            Checkpoint(self.graph_module, self.result, self.recipe, self.preprocessing), Path(folder)
+        )
 
 
 def load(folder: Path | str) -> QuantizedModel:
@@ -238,7 +242,9 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
     """
     settings = recipe.granularity or GranularityRecipe()
     if settings.method != "scheme":
-        settings = GranularityRecipe(method="modcap", k=settings.k, lam=settings.lam, alpha=settings.alpha, max_modules=settings.max_modules)
+        settings = GranularityRecipe(
+            method="modcap", k=settings.k, lam=settings.lam, alpha=settings.alpha, max_modules=settings.max_modules
+        )
     graph, _ = fold(_captured(model, example, _device_of(model)))
     graph = insert(graph, annotate(graph, BACKENDS[recipe.backend], recipe))
     units = partition(graph, "block")
@@ -268,7 +274,11 @@ def _check_captured(graph: fx.GraphModule, samples: Samples) -> None:
     for node, tensor in zip([n for n in graph.graph.nodes if n.op == "placeholder"], flat, strict=True):
         expected = node.meta["val"]
         fixed = zip(expected.shape[1:], tensor.shape[1:], strict=False)
-        if expected.dtype != tensor.dtype or expected.ndim != tensor.ndim or any(isinstance(a, int) and a != b for a, b in fixed):
+        if (
+            expected.dtype != tensor.dtype
+            or expected.ndim != tensor.ndim
+            or any(isinstance(a, int) and a != b for a, b in fixed)
+        ):
             raise DataError(
                 f"calibration: input {node.name} has shape {list(tensor.shape)} and {tensor.dtype}, and the network was "
                 f"captured with {[str(s) for s in expected.shape]} and {expected.dtype}; prepare the images accordingly."
@@ -303,7 +313,11 @@ def _job(prepared: Prepared, recipe: Recipe) -> Job:
     fisher = None
     if reconstruction is not None and reconstruction.fisher:
         generator = torch.Generator().manual_seed(recipe.seed)
-        names = {n for u in partition(prepared.graph, _finest(recipe)) for n in boundary(network.nodes, u.start, u.stop).outputs}
+        names = {
+            n
+            for u in partition(prepared.graph, _finest(recipe))
+            for n in boundary(network.nodes, u.start, u.stop).outputs
+        }
         fisher = fisher_weights(network, inputs, names, recipe.calibration_batch, generator)
     return Job(
         network=network,
@@ -382,6 +396,7 @@ def _report_outcome(prepared: Prepared, recipe: Recipe, outcome: Outcome) -> Run
     report.differentials = outcome.proposal.differentials
     report.proposed_merges = outcome.merges
     report.guard = outcome.guard
+    report.block_seconds = outcome.block_seconds
     report.reused_seconds = outcome.reused_seconds
     return report
 

@@ -71,6 +71,8 @@ class Run:
     guard: dict[str, Any] | None = None
     """What the guard tried: ``{"holdout": n, "trials": [{"modules", "merged_error", "unmerged_error",
     "accepted"}], "final": {"merged_error", "block_error"}, "kept": "merged" | "block"}``; None if it was off."""
+    block_seconds: float = 0.0
+    """Wall time of the block pass that this run relied on, part of ``seconds``; 0 if it needed none."""
     reused_seconds: float = 0.0
     """Optimization time saved by taking units over from the block pass."""
 
@@ -108,7 +110,9 @@ class Result:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise FileFormatError(f"{path} can't be read ({error.strerror}); give a folder that a run has written.") from error
+            raise FileFormatError(
+                f"{path} can't be read ({error.strerror}); give a folder that a run has written."
+            ) from error
         except ValueError as error:
             raise FileFormatError(f"{path} is not valid JSON ({error}); it may be truncated, run again.") from error
         return cls.from_dict(data, str(path))
@@ -116,12 +120,16 @@ class Result:
     @classmethod
     def from_dict(cls, data: Any, where: str = "result") -> Result:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise FileFormatError(f"{where} is not a result of schema {SCHEMA}; it was written by another program or version.")
+            raise FileFormatError(
+                f"{where} is not a result of schema {SCHEMA}; it was written by another program or version."
+            )
         try:
             runs = [_run(r) for r in data["runs"]]
             return cls(**{**{f.name: data[f.name] for f in fields(cls)}, "runs": runs})
         except (KeyError, TypeError) as error:
-            raise FileFormatError(f"{where} lacks or garbles the entry {error}; run again to get a whole result.") from error
+            raise FileFormatError(
+                f"{where} lacks or garbles the entry {error}; run again to get a whole result."
+            ) from error
 
 
 def _run(data: dict[str, Any]) -> Run:
@@ -157,4 +165,6 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -96,9 +96,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     path = folder / GRAPH_FILE
     document = _read_json(path)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise FileFormatError(f"{path} is not a quantized network of this program; give a folder that a run has written.")
+        raise FileFormatError(
+            f"{path} is not a quantized network of this program; give a folder that a run has written."
+        )
     if document.get("version") != VERSION:
-        raise FileFormatError(f"{path} has version {document.get('version')!r}, and this program reads {VERSION}; use a matching one.")
+        raise FileFormatError(
+            f"{path} has version {document.get('version')!r}, and this program reads {VERSION}; use a matching one."
+        )
     tensors = _read_tensors(folder / TENSOR_FILE)
     result = Result.read(folder / RESULT_FILE)
     try:
@@ -118,7 +122,9 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FileFormatError(f"{path} can't be read ({error.strerror}); give a folder that a run has written.") from error
+        raise FileFormatError(
+            f"{path} can't be read ({error.strerror}); give a folder that a run has written."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not valid JSON ({error}); it may be truncated, get it again.") from error
 
@@ -127,7 +133,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{path} can't be read ({error}); it may be missing or truncated, get it again.") from error
+        raise FileFormatError(
+            f"{path} can't be read ({error}); it may be missing or truncated, get it again."
+        ) from error
 
 
 def _stored_tensors(graph: fx.GraphModule) -> dict[str, Tensor]:
@@ -193,7 +201,9 @@ def _encode(node: fx.Node, value: Any) -> Any:
         for name, constant in known.items():
             if type(value) is type(constant) and value == constant:
                 return {kind: name}
-    raise ModelError(f"node {node.name} ({node.target}) has an argument of type {type(value).__name__}, which can't be saved.")
+    raise ModelError(
+        f"node {node.name} ({node.target}) has an argument of type {type(value).__name__}, which can't be saved."
+    )
 
 
 def _decode(value: Any, nodes: dict[str, fx.Node], device: torch.device) -> Any:
@@ -288,7 +298,9 @@ def _encode_tree(tree: Any) -> Any:
         return {"tensor": tree.index}
     if isinstance(tree, tuple):
         if type(tree) is not tuple:
-            raise ModelError(f"the network takes or returns a {type(tree).__name__}, which can't be saved; use tuple, list or dict.")
+            raise ModelError(
+                f"the network takes or returns a {type(tree).__name__}, which can't be saved; use tuple, list or dict."
+            )
         return {"tuple": [_encode_tree(t) for t in tree]}
     if isinstance(tree, list):
         return {"list": [_encode_tree(t) for t in tree]}
@@ -296,7 +308,9 @@ def _encode_tree(tree: Any) -> Any:
         return {"dict": [[key, _encode_tree(t)] for key, t in tree.items()]}
     if tree is None or isinstance(tree, bool | int | float | str):
         return {"value": tree}
-    raise ModelError(f"the network takes or returns a {type(tree).__name__}, which can't be saved; use tuple, list or dict.")
+    raise ModelError(
+        f"the network takes or returns a {type(tree).__name__}, which can't be saved; use tuple, list or dict."
+    )
 
 
 def _decode_tree(tree: Any) -> Any:

@@ -13,7 +13,9 @@ from torch import fx
 
 from quiesce.errors import ModelError
 
-_PYTHON = {f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)}
+_PYTHON = {
+    f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
+}
 
 
 @cache
@@ -43,4 +45,6 @@ def operator_name(node: fx.Node) -> str:
     for name, target in operators().items():
         if target is node.target:
             return name
-    raise ModelError(f"operator {node.target} of node {node.name} is not among those that can be saved (export/operators.txt).")
+    raise ModelError(
+        f"operator {node.target} of node {node.name} is not among those that can be saved (export/operators.txt)."
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from quiesce.data import Samples
 from quiesce.graph.capture import interface_of
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers, float_mode
-from quiesce.quant.ranges import find_range, lp_range, minmax_range, scale_and_zero_point
+from quiesce.quant.ranges import find_range, lp_range, minmax_range, percentile_range, scale_and_zero_point
 from quiesce.recipe import Recipe
 
 SAMPLED_VALUES = 2**17
@@ -22,20 +22,20 @@ SAMPLED_VALUES = 2**17
 def calibrate(gm: fx.GraphModule, samples: Samples, recipe: Recipe) -> fx.GraphModule:
     """Set scale and zero point of every fake-quantizer of ``gm`` and round its weights to nearest; returns ``gm``.
 
-    Activations are observed in the float network, as QDrop's code does: all values for the extremes, an even random
-    sample of them for percentiles and the range search.
+    Activations are observed in the float network, as QDrop's code does: all values for the extremes, a random
+    sample of each image's for percentiles and the range search. The batch size changes nothing.
     """
     for node in gm.graph.nodes:
         quantizer = getattr(gm, str(node.target)) if node.op == "call_module" else None
         if isinstance(quantizer, WeightFakeQuantize):
             _set_weight(quantizer, getattr(gm, str(node.args[0].target)), recipe)
     quantizers = {n: q for n, q in fake_quantizers(gm).items() if isinstance(q, ActivationFakeQuantize)}
-    generator = torch.Generator().manual_seed(recipe.seed)
-    with _observed(quantizers, len(samples), generator) as observed, float_mode(gm):
-        for batch in samples.batches(recipe.calibration_batch):
+    observers = {name: _Observer(len(samples), recipe.seed) for name in quantizers}
+    for batch in samples.batches(recipe.calibration_batch):
+        with _observed(quantizers, observers, len(batch)), float_mode(gm):
             gm(*interface_of(gm).flatten(batch.args, batch.kwargs))
     for name, quantizer in quantizers.items():
-        quantizer.set_parameters(*observed[name].parameters(quantizer, recipe))
+        quantizer.set_parameters(*observers[name].parameters(quantizer, recipe))
     return gm
 
 
@@ -48,49 +48,46 @@ def _set_weight(quantizer: WeightFakeQuantize, weight: Tensor, recipe: Recipe) -
 
 
 class _Observer:
-    """Extremes of all values seen and a random sample of them."""
+    """Extremes of all values seen, and random ones, as many of each image whatever the batches."""
 
-    def __init__(self, batches_share: float, generator: torch.Generator) -> None:
-        self.share = batches_share
-        self.generator = generator
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
+    def __init__(self, images: int, seed: int) -> None:
+        self.values_per_image = -(-SAMPLED_VALUES // images)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.extremes: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        flat = args[0].reshape(-1)
-        low, high = flat.min(), flat.max()
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
-        count = max(1, round(SAMPLED_VALUES * self.share * args[0].shape[0]))
-        if count < flat.numel():
-            index = torch.randint(flat.numel(), (count,), generator=self.generator)
-            flat = flat[index.to(flat.device)]
-        self.values.append(flat)
+    def add(self, x: Tensor, images: int) -> None:
+        rows = x.reshape(images, -1) if x.numel() % images == 0 else x.reshape(1, -1)
+        self.extremes.append(torch.stack([rows.amin(), rows.amax()]))
+        if self.values_per_image < rows.shape[1]:
+            shape = (rows.shape[0], self.values_per_image)
+            rows = rows.gather(1, torch.randint(rows.shape[1], shape, generator=self.generator).to(rows.device))
+        self.values.append(rows.reshape(-1))
 
     def parameters(self, quantizer: ActivationFakeQuantize, recipe: Recipe) -> tuple[Tensor, Tensor]:
-        assert self.low is not None and self.high is not None
         settings, spec = recipe.activations, quantizer.spec
-        rows = torch.cat([self.low.view(1), *self.values, self.high.view(1)]).unsqueeze(0)
+        low, high = minmax_range(torch.cat(self.extremes).unsqueeze(0))
+        rows = torch.cat(self.values).unsqueeze(0)
         if settings.range == "lp":
-            # The two extremes must not weigh more than their share: they set the widest candidate only.
-            low, high = lp_range(rows[:, 1:-1], spec, self.low.view(1), self.high.view(1))
-        elif settings.range == "minmax":
-            low, high = minmax_range(rows)
-        else:
-            low, high = find_range(rows, spec, settings.range, settings.percentile)
+            low, high = lp_range(rows, spec, low, high)
+        elif settings.range == "percentile":
+            low, high = percentile_range(rows, settings.percentile)
         scale, zero_point = scale_and_zero_point(low, high, spec)
         return scale[0], zero_point[0]
 
 
 @contextmanager
 def _observed(
-    quantizers: dict[str, ActivationFakeQuantize], samples: int, generator: torch.Generator
-) -> Iterator[dict[str, _Observer]]:
-    observers = {name: _Observer(1 / samples, generator) for name in quantizers}
-    handles = [q.register_forward_pre_hook(observers[name]) for name, q in quantizers.items()]
+    quantizers: dict[str, ActivationFakeQuantize], observers: dict[str, _Observer], images: int
+) -> Iterator[None]:
+    """Within the block, a batch of ``images`` that runs through the network is observed."""
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: observers[name].add(args[0], images)
+
+    handles = [q.register_forward_pre_hook(observe(name)) for name, q in quantizers.items()]
     try:
-        yield observers
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -6,10 +6,12 @@ caller's arguments and results nest is kept beside it as :class:`Interface`. Its
 
 from __future__ import annotations
 
+import inspect
 import operator
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,24 +21,27 @@ from torch.utils import _pytree as pytree
 
 from quiesce.data import Samples
 from quiesce.errors import ModelError
-from quiesce.graph.rewrite import tidy
+from quiesce.graph.rewrite import add_tensor, tidy
 
 aten = torch.ops.aten
+OWN_FRAMES = (str(Path(torch.__file__).parent), __file__, "<")
+"""Where frames of a traceback begin that are not the user's."""
 
 
 @dataclass(frozen=True)
 class Interface:
-    """How the caller's arguments and results nest: trees whose leaves are indices into the flat lists."""
+    """How the caller's arguments and results nest: trees with a :class:`Leaf` at each tensor."""
 
     inputs: Any
-    """``(args, kwargs)`` with an index at each tensor."""
+    """``(args, kwargs)``."""
     outputs: Any
-    """The model's result with an index at each tensor, and constants (None, numbers) where it returns those."""
+    """The model's result, with constants (None, numbers) where it returns those."""
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the flat inputs of a call; keyword arguments may come in any order."""
         expected = pytree.tree_structure(self.inputs)
-        kwargs = {name: kwargs[name] for name in self.inputs[1] if name in kwargs} if set(kwargs) == set(self.inputs[1]) else kwargs
+        if set(kwargs) == set(self.inputs[1]):
+            kwargs = {name: kwargs[name] for name in self.inputs[1]}
         leaves, given = pytree.tree_flatten((args, kwargs))
         if given != expected:
             names = ", ".join([f"{len(self.inputs[0])} positional", *self.inputs[1]])
@@ -50,12 +55,12 @@ class Interface:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor's place in the flat list of outputs."""
+    """A tensor's place in the flat list of inputs or outputs."""
 
     index: int
 
 
-def capture(model: nn.Module | ExportedProgram, example: Samples, dynamic_batch: bool = True) -> fx.GraphModule:
+def capture(model: nn.Module | ExportedProgram, example: Samples) -> fx.GraphModule:
     """Return the network as a flat functional graph in eval mode, with dropout gone and the batch size free.
 
     Args:
@@ -63,12 +68,14 @@ def capture(model: nn.Module | ExportedProgram, example: Samples, dynamic_batch:
         example: at least two samples to run it on; only shapes, dtypes and the device matter.
 
     Raises:
-        ModelError: torch.export refuses the network (its reason and the source line are kept), or the network
-            changes its buffers or inputs while it runs.
+        ModelError: torch.export refuses the network (its reason and the source line are kept), the network changes
+            its buffers or inputs while it runs, returns something else than what it computes, or a program was
+            exported with a fixed batch size.
     """
-    program = model if isinstance(model, ExportedProgram) else _export(model, example, dynamic_batch)
-    program = program.run_decompositions({})
+    program = model if isinstance(model, ExportedProgram) else _export(model, example)
+    program = _functional(program)
     _refuse_mutation(program)
+    _refuse_fixed_batch(program)
     gm = _flat_graph(program)
     for rewrite in (_drop_checks, _whole_batch_norms, _fold_constants, _drop_no_ops, _local_sizes):
         rewrite(gm)
@@ -82,16 +89,13 @@ def interface_of(gm: fx.GraphModule) -> Interface:
     return found
 
 
-def _export(model: nn.Module, example: Samples, dynamic_batch: bool) -> ExportedProgram:
+def _export(model: nn.Module, example: Samples) -> ExportedProgram:
     modes = {m: m.training for m in model.modules()}
     model.eval()
-    batch = Dim.DYNAMIC if dynamic_batch else None
-    shapes: Any = (tuple({0: batch} for _ in example.args), {name: {0: batch} for name in example.kwargs})
     try:
+        shapes = _dynamic_shapes(model, example)
         with torch.no_grad():
-            return torch.export.export(
-                model, example.args, example.kwargs, dynamic_shapes=_shapes(model, example, shapes), strict=False
-            )
+            return torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ModelError(_export_message(model, error)) from error
     finally:
@@ -99,32 +103,32 @@ def _export(model: nn.Module, example: Samples, dynamic_batch: bool) -> Exported
             module.training = training
 
 
-def _shapes(model: nn.Module, example: Samples, shapes: Any) -> Any:
-    """torch.export wants shapes by position for positional arguments and by name once there are keywords."""
-    positional, named = shapes
-    if not example.kwargs:
-        return positional if not _takes_var_args(model) else (positional,)
-    import inspect
-
-    names = [p for p in inspect.signature(model.forward).parameters][: len(example.args)]
-    return {**dict(zip(names, positional, strict=True)), **named}
+def _dynamic_shapes(model: nn.Module, example: Samples) -> Any:
+    """A free batch size for every tensor, nested as ``forward``'s parameters take them (``*args`` are a tuple)."""
+    arguments = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
+    return pytree.tree_map(lambda tensor: {0: Dim.DYNAMIC}, dict(arguments))
 
 
-def _takes_var_args(model: nn.Module) -> bool:
-    import inspect
-
-    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
-    return first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """Turn in-place operators and writes to views into pure ones; convolutions and the like stay whole."""
+    try:
+        functional: ExportedProgram = program.run_decompositions({})
+    except Exception as error:
+        raise ModelError(
+            "torch.export accepted the network, but torch can't make its graph functional; simplify what the message "
+            f"names. torch says: {type(error).__name__}: {error}"
+        ) from error
+    return functional
 
 
 def _export_message(model: nn.Module, error: Exception) -> str:
     """Name the model's own innermost source line and keep torch's reason."""
     reason = str(error).strip() or type(error).__name__
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    inside = [f for f in frames if f.name not in {"capture", "_export"}]
-    where = f" at {inside[-1].filename}:{inside[-1].lineno} ({inside[-1].line})" if inside else ""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FRAMES)]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    remedy = "change that line" if frames else "change it"
     return (
-        f"{type(model).__name__} can't be exported{where}; change that line so that torch.export accepts it. "
+        f"{type(model).__name__} can't be exported{where}; {remedy} so that torch.export accepts it. "
         f"torch says: {type(error).__name__}: {reason}"
     )
 
@@ -133,56 +137,72 @@ def _refuse_mutation(program: ExportedProgram) -> None:
     signature = program.graph_signature
     if signature.buffers_to_mutate:
         names = ", ".join(sorted(signature.buffers_to_mutate.values()))
-        raise ModelError(f"the network changes its buffers while it runs ({names}); make forward leave them alone in eval mode.")
+        raise ModelError(
+            f"the network changes its buffers while it runs ({names}); make forward leave them alone in eval mode."
+        )
     if signature.user_inputs_to_mutate:
         names = ", ".join(sorted(signature.user_inputs_to_mutate.values()))
         raise ModelError(f"the network changes its inputs in place ({names}); clone them first in forward.")
 
 
+def _refuse_fixed_batch(program: ExportedProgram) -> None:
+    names = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" and node.name in names else None
+        if isinstance(value, Tensor) and (value.ndim == 0 or isinstance(value.shape[0], int)):
+            raise ModelError(
+                f"the program was exported with a fixed batch size (input {node.name}, shape {list(value.shape)}); "
+                "export it with dynamic_shapes={0: Dim.DYNAMIC} for every input."
+            )
+
+
 def _flat_graph(program: ExportedProgram) -> fx.GraphModule:
     """Rebuild the program with tensors copied as buffers of one flat root and plain inputs and outputs."""
     source = program.module(check_guards=False)
-    root, graph = nn.Module(), fx.Graph()
+    gm = fx.GraphModule(nn.Module(), fx.Graph())
+    graph = gm.graph
     mapped: dict[fx.Node, fx.Node] = {}
     outputs: list[Any] = []
     for node in source.graph.nodes:
+        _refuse_opaque(source, node)
         if node.op == "get_attr":
-            tensor = _attribute(source, node.target)
-            root.register_buffer(node.name, tensor.detach().clone() if isinstance(tensor, Tensor) else tensor)
-            mapped[node] = graph.get_attr(node.name)
+            tensor = operator.attrgetter(node.target)(source)
+            mapped[node] = graph.get_attr(add_tensor(gm, node.name, tensor.detach().clone()))
             mapped[node].name = node.name
             mapped[node].meta = {**node.meta, "path": node.target}
         elif node.op == "output":
             outputs = list(pytree.tree_leaves(node.args[0]))
-        elif node.op == "call_module":
-            raise ModelError(f"the captured graph calls {node.target!r}, which is not an ATen operator; it can't be quantized.")
         else:
             mapped[node] = graph.node_copy(node, mapped.__getitem__)
     kept = [n for n in outputs if isinstance(n, fx.Node)]
     if not kept:
         raise ModelError("the network returns no tensor; there is nothing to compare its quantized outputs with.")
+    for node in kept:
+        if node.op == "get_attr" or not isinstance(node.meta.get("val"), Tensor):
+            raise ModelError(
+                f"the network returns {node.target}, a size or a constant; return only tensors that it computes."
+            )
     graph.output(tuple(mapped[n] for n in kept))
-    gm = fx.GraphModule(root, graph)
     gm.meta["interface"] = _interface(program, outputs, [n for n in graph.nodes if n.op == "placeholder"])
     return gm
 
 
+def _refuse_opaque(source: fx.GraphModule, node: fx.Node) -> None:
+    """Refuse what hides a graph of its own: branches, loops, submodules."""
+    hidden = node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator)
+    if hidden or (node.op == "get_attr" and isinstance(operator.attrgetter(str(node.target))(source), fx.GraphModule)):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+        raise ModelError(
+            f"the captured graph holds {name!r} ({node.name}), which is not an ATen operator; it can't be quantized."
+        )
+
+
 def _interface(program: ExportedProgram, outputs: list[Any], placeholders: list[fx.Node]) -> Interface:
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
-    inputs = pytree.tree_unflatten(list(range(len(placeholders))), in_spec)
+    inputs = pytree.tree_unflatten([Leaf(i) for i in range(len(placeholders))], in_spec)
     places = iter(range(len(outputs)))
     leaves = [Leaf(next(places)) if isinstance(n, fx.Node) else n for n in outputs]
     return Interface(inputs, pytree.tree_unflatten(leaves, out_spec))
-
-
-def _attribute(module: nn.Module, target: str) -> Any:
-    return operator.attrgetter(target)(module) if all(p.isidentifier() for p in target.split(".")) else _walk(module, target)
-
-
-def _walk(module: Any, target: str) -> Any:
-    for part in target.split("."):
-        module = getattr(module, part)
-    return module
 
 
 def _drop_checks(gm: fx.GraphModule) -> None:
@@ -215,13 +235,15 @@ def _fold_constants(gm: fx.GraphModule) -> None:
         if node.op == "get_attr":
             values[node] = getattr(gm, node.target)
         elif node.op == "call_function" and node.all_input_nodes and all(n in values for n in node.all_input_nodes):
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
     for node, value in values.items():
         if node.op == "call_function" and isinstance(value, Tensor) and any(u not in values for u in node.users):
-            gm.register_buffer(node.name, value.detach().clone())
+            name = add_tensor(gm, node.name, value.detach().clone())
             with gm.graph.inserting_before(node):
-                constant = gm.graph.get_attr(node.name)
+                constant = gm.graph.get_attr(name)
             constant.meta = dict(node.meta)
             node.replace_all_uses_with(constant)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from quiesce.graph.ops import WEIGHT_OPS, argument, groups_of, is_weight_op
-from quiesce.graph.rewrite import tidy
+from quiesce.graph.ops import WEIGHT_OPS, argument, groups_of, input_node, is_weight_op
+from quiesce.graph.rewrite import add_tensor, tidy
 
 aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ def fold(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[LeftBatchNorm]]:
     gm = copy.deepcopy(gm)
     _unshare_weights(gm)
     left = []
-    for node in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+    for node in [n for n in gm.graph.nodes if _is_batch_norm(n)]:
         reason = _why_not(node)
         if reason:
             left.append(LeftBatchNorm(node.name, reason))
@@ -40,14 +41,24 @@ def fold(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[LeftBatchNorm]]:
     return tidy(gm), left
 
 
+def _is_batch_norm(node: fx.Node) -> bool:
+    """True also for one without statistics (the same operator on a batch of one is an instance normalization)."""
+    if node.target is aten._native_batch_norm_legit.no_stats:
+        x: Any = node.args[0]
+        return isinstance(x.meta["val"].shape[0], torch.SymInt)
+    return node.target is aten.batch_norm.default
+
+
 def _why_not(batch_norm: fx.Node) -> str:
-    layer = batch_norm.args[0]
-    if batch_norm.args[5]:
+    layer: Any = batch_norm.args[0]
+    if batch_norm.target is not aten.batch_norm.default or batch_norm.args[5]:
         return "it uses the statistics of each batch"
     if any(isinstance(a, fx.Node) and a.op != "get_attr" for a in batch_norm.args[1:5]):
         return "its parameters are computed from the input"
     if not is_weight_op(layer):
         return "no convolution or linear layer stands in front of it"
+    if any(n.op != "get_attr" for n in layer.all_input_nodes if n is not input_node(layer)):
+        return f"the weight or bias of {layer.name} is computed from the input"
     if len(layer.users) > 1:
         return f"the output of {layer.name} is also used elsewhere"
     if WEIGHT_OPS[layer.target].spatial_dims == 0 and layer.meta["val"].ndim != 2:
@@ -62,7 +73,9 @@ def _fold_one(gm: fx.GraphModule, layer: fx.Node, batch_norm: fx.Node) -> None:
     assert isinstance(weight_at, fx.Node)
     weight = getattr(gm, str(weight_at.target))
     bias = getattr(gm, str(bias_at.target)) if isinstance(bias_at, fx.Node) else None
-    gain, offset, mean, variance = (getattr(gm, str(a.target)) if isinstance(a, fx.Node) else None for a in batch_norm.args[1:5])
+    gain, offset, mean, variance = (
+        getattr(gm, str(a.target)) if isinstance(a, fx.Node) else None for a in batch_norm.args[1:5]
+    )
     assert mean is not None and variance is not None
     factor = torch.rsqrt(variance.double() + batch_norm.args[7])
     factor = factor if gain is None else factor * gain.double()
@@ -70,8 +83,7 @@ def _fold_one(gm: fx.GraphModule, layer: fx.Node, batch_norm: fx.Node) -> None:
     new_bias = shift * factor + (0 if offset is None else offset.double())
     new_weight = _scale_channels(weight.double(), factor, op.ch_axis, groups_of(layer))
     setattr(gm, str(weight_at.target), new_weight.to(weight.dtype))
-    name = f"{weight_at.name}_bias"
-    gm.register_buffer(name, new_bias.to(weight.dtype))
+    name = add_tensor(gm, f"{weight_at.name}_bias", new_bias.to(weight.dtype))
     with gm.graph.inserting_before(layer):
         bias_node = gm.graph.get_attr(name)
     layer.args = (*layer.args[: op.bias], bias_node, *layer.args[op.bias + 1 :])
@@ -98,8 +110,7 @@ def _unshare_weights(gm: fx.GraphModule) -> None:
             if str(constant.target) not in taken and len(constant.users) == 1:
                 taken.add(str(constant.target))
                 continue
-            name = f"{constant.target}_{layer.name}"
-            gm.register_buffer(name, getattr(gm, str(constant.target)).clone())
+            name = add_tensor(gm, f"{constant.target}_{layer.name}", getattr(gm, str(constant.target)).clone())
             with gm.graph.inserting_before(layer):
                 own = gm.graph.get_attr(name)
             own.meta = dict(constant.meta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,7 +13,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class WeightOp:
-    """An operator with a weight: where its input, weight and bias stand, and which weight axis holds output channels."""
+    """An operator with a weight: where its input, weight and bias stand, and which weight axis is output channels."""
 
     name: str
     ch_axis: int
@@ -51,7 +52,7 @@ class Hyperparameters:
     """1 for depthwise convolutions too, whose groups only repeat their channels."""
 
 
-def argument(node: fx.Node, position: int, name: str, default: object) -> object:
+def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     """Return an argument given by position or by name, or its default."""
     if len(node.args) > position:
         return node.args[position]
@@ -78,7 +79,7 @@ def groups_of(node: fx.Node) -> int:
     return groups
 
 
-def _per_dim(value: object, dims: int) -> tuple[int, ...]:
+def _per_dim(value: Any, dims: int) -> tuple[int, ...]:
     values = list(value) if isinstance(value, list | tuple) else [value]
     return tuple(int(v) for v in values) * (dims if len(values) == 1 else 1)
 

@@ -1,11 +1,12 @@
 """Partition: cut the graph into reconstruction units, a layer or a block each, for any captured network.
 
-**Blocks.** A *cut* is a place in topological order where exactly one tensor is alive, and a *piece* is what lies between
-two cuts: a residual block comes out as a piece by itself. Pieces are joined when they come from the same *block module*:
-the innermost module, of a class that occurs more than once, with two or more weight layers, that begins and ends
-at cuts wherever it occurs (squeeze-and-excitation does not, where its block has a skip connection). What belongs to no block module is *loose*: short loose runs (a stem, a head) are one unit, longer ones a unit a layer.
-A loose run in front of a first block without a skip connection belongs to that block, as in MobileNetV2, where nothing
-separates the two. A class whose instances are too large (a whole dense stage) gives way to the repeated modules in it, whose
+**Blocks.** A *cut* is a place in topological order where exactly one tensor is alive, and a *piece* is what lies
+between two cuts: a residual block comes out as a piece by itself. Pieces are joined when they come from the same *block
+module*: the innermost module, of a class that occurs more than once, with two or more weight layers, that begins and
+ends at cuts wherever it occurs (squeeze-and-excitation does not, where its block has a skip connection). What belongs
+to no block module is *loose*: short loose runs (a stem, a head) are one unit, longer ones a unit a layer. A loose run
+in front of a first block without a skip connection belongs to that block, as in MobileNetV2, where nothing separates
+the two. A class whose instances are too large (a whole dense stage) gives way to the repeated modules in it, whose
 boundaries may then carry several tensors.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from torch import fx
 
@@ -47,7 +48,7 @@ def _split_layers(nodes: list[fx.Node], start: int, stop: int) -> Iterator[tuple
     """One stretch a weight layer: what follows a layer belongs to it, what stands in front of the first one too."""
     layers = [i for i in range(start, stop) if is_weight_op(nodes[i])]
     edges = [start, *layers[1:], stop]
-    yield from zip(edges, edges[1:], strict=False)
+    yield from pairwise(edges)
 
 
 def _block_spans(nodes: list[fx.Node], keys: list[str]) -> list[tuple[int, int]]:
@@ -132,7 +133,7 @@ def _block_keys(nodes: list[fx.Node]) -> list[str]:
     blocks = _BlockModules.find(nodes, cuts)
     keys = [blocks.innermost(node) for node in nodes]
     edges = sorted(cuts)
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         own = {keys[i] for i in range(start, stop)}
         of_layers = {keys[i] for i in range(start, stop) if is_weight_op(nodes[i])}
         if len(own) > 1 and len(of_layers) == 1:
@@ -143,12 +144,11 @@ def _block_keys(nodes: list[fx.Node]) -> list[str]:
 def _loose_spans(nodes: list[fx.Node], cuts: set[int], start: int, stop: int) -> list[tuple[int, int]]:
     """Spans of a run that belongs to no block module: one if it is short, else a layer or a branching piece each."""
     edges = sorted({start, stop} | {c for c in cuts if start < c < stop})
-    pieces = [(a, b) for a, b in zip(edges, edges[1:], strict=False)]
     spans: list[tuple[int, int]] = []
     chain: list[tuple[int, int]] = []
-    for piece in pieces:
+    for piece in pairwise(edges):
         if _layers_in(nodes, *piece) > 1:
-            spans += _chain_spans(nodes, chain) + [piece]
+            spans += [*_chain_spans(nodes, chain), piece]
             chain = []
         else:
             chain.append(piece)

@@ -6,14 +6,16 @@ Every quantized tensor has exactly one fake-quantizer, right behind the node tha
 from __future__ import annotations
 
 import copy
-import fnmatch
+from dataclasses import replace
+from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, fx
 
 from quiesce.errors import ModelError, RecipeError, nearest_name
-from quiesce.graph.backends import Backend
+from quiesce.graph.backends.backend import Backend
 from quiesce.graph.ops import WEIGHT_OPS, input_node, is_weight_op, weight_node
-from quiesce.graph.rewrite import tidy
+from quiesce.graph.rewrite import free_name, tidy
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from quiesce.quant.spec import QuantizationSpec
 from quiesce.recipe import LayerOverride, Recipe
@@ -38,7 +40,7 @@ def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.No
     A tensor that feeds several layers takes the largest bits that any of them asks for.
 
     Raises:
-        ModelError: there is no weight layer, or the weight of one is computed from the input.
+        ModelError: there is no weight layer, or the weight of one is computed from the input or in half precision.
         RecipeError: an override fits no layer.
     """
     layers = {name: node for name, node in weight_layers(gm).items() if node.target in backend.weight_ops}
@@ -49,7 +51,12 @@ def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.No
     for index, (name, layer) in enumerate(layers.items()):
         weight = weight_node(layer)
         if weight.op != "get_attr":
-            raise ModelError(f"the weight of {name} ({layer.name}) is computed from the input; such layers can't be quantized.")
+            raise ModelError(
+                f"the weight of {name} ({layer.name}) is computed from the input; such layers can't be quantized."
+            )
+        dtype = weight.meta["val"].dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ModelError(f"the weight of {name} is {dtype}, too coarse to round; give the network in float32.")
         edge = index in (0, len(layers) - 1)
         weight_bits, input_bits = _layer_bits(recipe, index, edge, overrides.get(name))
         ch_axis = WEIGHT_OPS[layer.target].ch_axis if recipe.weights.per_channel else None  # type: ignore[index]
@@ -66,23 +73,25 @@ def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.No
 
 def insert(gm: fx.GraphModule, annotations: dict[fx.Node, Annotation]) -> fx.GraphModule:
     """Return a copy of ``gm`` with a fake-quantizer behind each annotated node."""
-    by_name = {node.name: annotation for node, annotation in annotations.items()}
+    originals = list(gm.graph.nodes)
     gm = copy.deepcopy(gm)
     device_like = next(gm.buffers())
-    for node in list(gm.graph.nodes):
-        annotation = by_name.get(node.name)
+    for original, node in zip(originals, list(gm.graph.nodes), strict=True):
+        annotation = annotations.get(original)
         if annotation is None:
             continue
-        target = f"{node.name}_quantizer"
+        target = free_name(gm, f"{node.name}_quantizer")
         if node.op == "get_attr":
             weight = getattr(gm, str(node.target))
             gm.add_module(target, WeightFakeQuantize(annotation, weight.shape, weight))
         else:
-            gm.add_module(target, ActivationFakeQuantize(annotation, device_like.new_empty((), dtype=node.meta["val"].dtype)))
+            gm.add_module(
+                target, ActivationFakeQuantize(annotation, device_like.new_empty((), dtype=node.meta["val"].dtype))
+            )
         with gm.graph.inserting_after(node):
             quantizer = gm.graph.call_module(target, (node,))
         quantizer.meta = dict(node.meta)
-        node.replace_all_uses_with(quantizer, delete_user_cb=lambda user, q=quantizer: user is not q)  # type: ignore[misc]
+        node.replace_all_uses_with(quantizer, delete_user_cb=lambda user, q=quantizer: user is not q)
     return tidy(gm)
 
 
@@ -109,25 +118,40 @@ def _annotate_activation(annotations: dict[fx.Node, Annotation], node: fx.Node, 
 
 
 def _overrides(names: list[str], overrides: tuple[LayerOverride, ...]) -> dict[str, LayerOverride]:
-    """Return each layer's override; of several patterns that fit a layer, the last one holds."""
+    """Return each layer's override; of several patterns that fit a layer, the last one to give a number holds.
+
+    A pattern for a module that is called several times (``conv``, ``conv:conv2d_1``) fits every call.
+    """
     found: dict[str, LayerOverride] = {}
     for override in overrides:
-        fitting = fnmatch.filter(names, override.pattern)
+        fitting = [n for n in names if any(fnmatchcase(m, override.pattern) for m in (n, n.partition(":")[0]))]
         if not fitting:
-            raise RecipeError(f"layers: pattern {override.pattern!r} fits no weight layer.{nearest_name(override.pattern, names)}")
-        found |= dict.fromkeys(fitting, override)
+            raise RecipeError(
+                f"layers: pattern {override.pattern!r} fits no weight layer.{nearest_name(override.pattern, names)}"
+            )
+        for name in fitting:
+            before = found.get(name, override)
+            found[name] = replace(
+                override,
+                weight_bits=override.weight_bits or before.weight_bits,
+                activation_bits=override.activation_bits or before.activation_bits,
+            )
     return found
 
 
 def _layer_name(node: fx.Node) -> str:
-    """The module a layer belongs to: from its weight's path if that ends in ``.weight``, else from the module stack."""
+    """The module a layer belongs to: that of its weight if it lies in the module called, else the module called.
+
+    They differ for a weight that two modules share, which has one path.
+    """
     weight = weight_node(node)
     origin = weight.all_input_nodes[0] if weight.op == "call_module" and weight.all_input_nodes else weight
     path = str(origin.meta.get("path", ""))
-    if path.endswith(".weight"):
-        return path.removesuffix(".weight")
-    stack = [p for p, _ in module_stack(node)]
-    return stack[-1] if stack and stack[-1] else (path or node.name)
+    owner = path.removesuffix(".weight") if path.endswith(".weight") else ""
+    called = next((p for p, _ in reversed(module_stack(node))), "")
+    if owner and (not called or f"{owner}.".startswith(f"{called}.")):
+        return owner
+    return called or path or node.name
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, str]]:

@@ -1,8 +1,23 @@
-"""What every graph pass ends with."""
+"""What graph passes share."""
 
 from __future__ import annotations
 
-from torch import fx
+from itertools import chain, count
+
+from torch import Tensor, fx
+
+
+def add_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> str:
+    """Register ``tensor`` as a buffer under a :func:`free_name`; returns that."""
+    free = free_name(gm, name)
+    gm.register_buffer(free, tensor)
+    return free
+
+
+def free_name(gm: fx.GraphModule, name: str) -> str:
+    """Return ``name``, or ``name_1``, ``name_2``, … if ``gm`` has an attribute of that name."""
+    numbered = (f"{name}_{number}" for number in count(1))
+    return next(n for n in chain([name], numbered) if not hasattr(gm, n))
 
 
 def tidy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -118,17 +118,27 @@ def scheme_groups(modules: Sequence[str], scheme: Sequence[Sequence[str]]) -> Gr
     """Return the groups of a scheme given by hand; modules it does not name stay single.
 
     Raises:
-        RecipeError: it names an unknown module, one module twice, or modules that are not neighbours in order.
+        RecipeError: it names an unknown module, one module twice, modules that are not neighbours in order, or a unit
+            of none.
     """
     position = {name: i for i, name in enumerate(modules)}
     starts: dict[int, list[int]] = {}
     taken: set[int] = set()
     for unit in scheme:
-        group = [_position(name, position) for name in unit]
+        if not unit:
+            raise RecipeError("granularity.scheme: a unit is empty; name its modules or leave it out.")
+        if len(set(unit)) < len(unit):
+            raise RecipeError(f"granularity.scheme: {', '.join(unit)} names a module twice; name each module once.")
+        # The parts of a joined module (features.0 and features.1) are one place.
+        group = list(dict.fromkeys(_position(name, position) for name in unit))
         if group != list(range(group[0], group[0] + len(group))):
-            raise RecipeError(f"granularity.scheme: {', '.join(unit)} are not neighbours in network order; name adjacent modules.")
+            raise RecipeError(
+                f"granularity.scheme: {', '.join(unit)} are not neighbours in network order; name adjacent modules."
+            )
         if taken & set(group):
-            raise RecipeError(f"granularity.scheme: a module of {', '.join(unit)} is in two units; name each module once.")
+            raise RecipeError(
+                f"granularity.scheme: a module of {', '.join(unit)} is in two units; name each module once."
+            )
         taken |= set(group)
         starts[group[0]] = group
     return [starts.get(i, [i]) for i in range(len(modules)) if i in starts or i not in taken]

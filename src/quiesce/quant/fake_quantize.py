@@ -13,6 +13,7 @@ from quiesce.errors import ModelError
 from quiesce.quant.functional import dequantize, fake_quantize, learned_fake_quantize
 from quiesce.quant.rounding import ROUNDINGS
 from quiesce.quant.rounding.nearest import nearest
+from quiesce.quant.rounding.rounding import Rounding
 from quiesce.quant.spec import QuantizationSpec
 
 
@@ -31,7 +32,7 @@ class WeightFakeQuantize(nn.Module):
         super().__init__()
         self.spec = spec
         self.enabled = True
-        self.rounding: nn.Module | None = None
+        self.rounding: Rounding | None = None
         channels = () if spec.ch_axis is None else (shape[spec.ch_axis],)
         self.register_buffer("scale", like.new_ones(channels))
         self.register_buffer("zero_point", like.new_zeros(channels))
@@ -40,7 +41,9 @@ class WeightFakeQuantize(nn.Module):
     def forward(self, weight: Tensor | None = None) -> Tensor:
         if not self.enabled:
             if weight is None:
-                raise ModelError("this network was loaded from a file without float weights; its quantizers can't be off.")
+                raise ModelError(
+                    "this network was loaded from a file without float weights; its quantizers can't be off."
+                )
             return weight
         if self.rounding is not None:
             soft: Tensor = self.rounding()
@@ -53,7 +56,7 @@ class WeightFakeQuantize(nn.Module):
         self.zero_point.copy_(zero_point)
         self.quantized.copy_(nearest(weight, self.spec, self.scale, self.zero_point))
 
-    def start_rounding(self, name: str, weight: Tensor, warm: bool) -> nn.Module:
+    def start_rounding(self, name: str, weight: Tensor, warm: bool) -> Rounding:
         """Attach and return the learned rounding ``name``; ``warm`` starts it from the integers held now."""
         start = self.quantized if warm else None
         self.rounding = ROUNDINGS[name](weight, self.spec, self.scale, self.zero_point, start)
@@ -66,12 +69,14 @@ class WeightFakeQuantize(nn.Module):
             self.rounding = None
 
     def quantized_weight(self) -> Tensor:
-        """Return the integers (int8 or uint8, the weight's shape): all that exporters read, with scale and zero point."""
+        """Return the integers (int8 or uint8, the weight's shape): what exporters read, with scale and zero point."""
         return self.quantized
 
     def dequantized_weight(self) -> Tensor:
         ndim = self.quantized.ndim
-        return dequantize(self.quantized, self.spec.broadcast(self.scale, ndim), self.spec.broadcast(self.zero_point, ndim))
+        return dequantize(
+            self.quantized, self.spec.broadcast(self.scale, ndim), self.spec.broadcast(self.zero_point, ndim)
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,9 @@ class Drop:
         count = quantized.numel()
         words = torch.empty(-(-count // 8), dtype=torch.int64, device=quantized.device)
         words.random_(-(2**63), None, generator=self.generator)
-        dropped = (words.view(torch.uint8)[:count] < round(256 * self.prob)).to(quantized.dtype)
+        # 256 does not fit a byte: compared with one, it would be 0.
+        share = min(round(256 * self.prob), 255)
+        dropped = (words.view(torch.uint8)[:count] < share).to(quantized.dtype)
         return torch.lerp(quantized, unquantized, dropped.as_strided(quantized.shape, _dense_strides(quantized)))
 
 

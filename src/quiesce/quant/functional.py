@@ -38,7 +38,7 @@ def learned_fake_quantize(x: Tensor, scale: Tensor, low: float, high: float) -> 
 
     For the optimization loop: the bounds are numbers, so that nothing is read back from the device.
     """
-    result: Tensor = _FakeQuantize.apply(x, scale, low, high)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantize.apply(x, scale, low, high)
     return result
 
 

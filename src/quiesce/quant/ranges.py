@@ -15,9 +15,9 @@ LP_CANDIDATES = 80
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantizationSpec) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point (whole numbers, float dtype) whose grid spans [low, high]; the range is widened to hold 0.
+    """Return scale and zero point (whole numbers, float dtype) whose grid spans [low, high], to within half a step.
 
-    Zero must be on the grid: padding and ReLU produce it exactly.
+    The range is widened to hold 0, which must be on the grid: padding and ReLU produce it exactly.
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     smallest = torch.finfo(low.dtype).tiny * 2**20
@@ -44,7 +44,9 @@ def percentile_range(rows: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     return ordered[:, round(outside * last)], ordered[:, round((1 - outside) * last)]
 
 
-def lp_range(rows: Tensor, spec: QuantizationSpec, low: Tensor | None = None, high: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def lp_range(
+    rows: Tensor, spec: QuantizationSpec, low: Tensor | None = None, high: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return, for each row of ``rows`` [rows, values], the range with the least mean |x − x̂|^2.4.
 
     Minimum and maximum (of the rows, or ``low`` and ``high`` if given) shrink together in steps of 1 % (BRECQ's and

@@ -22,11 +22,11 @@ class QuantizationSpec:
 
     @property
     def quant_min(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1 if self.symmetric else self.bits)) - 1
 
     @property
     def dtype(self) -> torch.dtype:

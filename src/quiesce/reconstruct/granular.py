@@ -56,14 +56,16 @@ def propose(job_modules: list[str], recipe: GranularityRecipe, capacities: list[
     single: Groups = [[i] for i in range(len(job_modules))]
     if recipe.method == "scheme":
         assert recipe.scheme is not None
-        return Proposal(scheme_groups(job_modules, resolve_scheme(recipe.scheme)))  # type: ignore[arg-type]
+        return Proposal(scheme_groups(job_modules, resolve_scheme(recipe.scheme)))
     pairs = differentials(capacities, recipe.method)
     if recipe.method == "loss-descent":
         mask = descent(capacities, recipe.tolerance, [1] * len(single), recipe.max_modules)
     else:
         k = default_k(len(pairs)) if recipe.k is None else recipe.k
         if k > len(pairs):
-            raise RecipeError(f"granularity.k is {k}, and {len(single)} modules have {len(pairs)} pairs; give a smaller k.")
+            raise RecipeError(
+                f"granularity.k is {k}, and {len(single)} modules have {len(pairs)} pairs; give a smaller k."
+            )
         mask = select(pairs, k, recipe.lam, recipe.max_modules)
     return Proposal(merge(single, mask), capacities, pairs)
 
@@ -94,7 +96,9 @@ def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: 
     if recipe.method in DATA_DEPENDENT and block is not None:
         scores = [loss.absolute for loss in block.losses]
     proposal = propose([m.name for m in job.modules], recipe, scores)
-    guard = Guard(Network(job.network.gm), job.inputs, job.images, job.recipe.calibration_batch) if recipe.guard else None
+    guard = (
+        Guard(Network(job.network.gm), job.inputs, job.images, job.recipe.calibration_batch) if recipe.guard else None
+    )
     final, merges, trials = _passes(job, recipe, progress, proposal.groups, block, guard)
     report, kept = _final_comparison(job, guard, trials, final, block)
     restore(job.network.gm, kept.state)

@@ -23,7 +23,9 @@ def _channels(tensor: Tensor) -> int:
     return tensor.shape[1] if tensor.ndim > 1 else 1
 
 
-def fisher_weights(network: Network, inputs: Tensors, names: set[str], batch: int, generator: torch.Generator) -> Tensors:
+def fisher_weights(
+    network: Network, inputs: Tensors, names: set[str], batch: int, generator: torch.Generator
+) -> Tensors:
     """Return the squared gradients of the float network's own loss at the nodes ``names``, scaled to mean 1 each.
 
     The loss is the cross-entropy against labels sampled from the network's softmax, so that E[g²] is the diagonal of
@@ -71,4 +73,6 @@ def _with_taps(network: Network, names: set[str]) -> tuple[torch.nn.Module, list
 def _check_logits(logits: Tensor, network: Network) -> None:
     if len(network.outputs) != 1 or logits.ndim != 2 or logits.shape[1] < 2:
         shapes = f"{len(network.outputs)} outputs" if len(network.outputs) != 1 else f"shape {list(logits.shape)}"
-        raise ModelError(f"Fisher weighting needs logits [images, classes], and the network returns {shapes}; set fisher = false.")
+        raise ModelError(
+            f"Fisher weighting needs logits [images, classes], and the network returns {shapes}; set fisher = false."
+        )

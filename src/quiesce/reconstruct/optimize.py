@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, Drop, WeightFakeQuantize
+from quiesce.quant.rounding.rounding import Rounding
 from quiesce.recipe import ReconstructionRecipe
 from quiesce.reconstruct.losses import squared_error, weighted_squared_error
-from quiesce.reconstruct.streams import Tensors
 
 CURVE_POINTS = 50
 """Points of the loss curve that is kept."""
@@ -75,7 +75,7 @@ class _Learned:
                 activations.append(quantizer)
         return cls(weights, activations, [q.scale for q in activations if recipe.learn_step_sizes])
 
-    def roundings(self) -> list[torch.nn.Module]:
+    def roundings(self) -> list[Rounding]:
         return [q.rounding for q in self.weights if q.rounding is not None]
 
     def harden(self) -> None:
@@ -113,7 +113,7 @@ def _run(
             loss = loss + regularizer_weight * torch.stack([r.regularizer(betas[step]) for r in roundings]).sum()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         _set_cosine(optimizers[1:], recipe.step_size_lr, step / steps)
         for optimizer in optimizers:
             optimizer.step()
@@ -163,4 +163,7 @@ def _keep_positive(step_sizes: list[Tensor], floors: list[Tensor]) -> None:
 def _curve(losses: Tensor) -> list[list[float]]:
     values = losses.tolist()
     size = max(1, math.ceil(len(values) / CURVE_POINTS))
-    return [[min(i + size, len(values)), sum(values[i : i + size]) / len(values[i : i + size])] for i in range(0, len(values), size)]
+    return [
+        [min(i + size, len(values)), sum(values[i : i + size]) / len(values[i : i + size])]
+        for i in range(0, len(values), size)
+    ]

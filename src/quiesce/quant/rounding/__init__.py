@@ -1,6 +1,6 @@
 """Learned roundings by name. A new one is a file beside adaround.py and a row here."""
 
 from quiesce.quant.rounding.adaround import AdaRound
+from quiesce.quant.rounding.rounding import Rounding
 
-ROUNDINGS = {"adaround": AdaRound}
-"""Classes with ``forward() -> soft weight``, ``regularizer(beta)`` and ``harden() -> integers``."""
+ROUNDINGS: dict[str, type[Rounding]] = {"adaround": AdaRound}

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quiesce.quant.rounding.rounding import Rounding
 from quiesce.quant.spec import QuantizationSpec
 
 ZETA, GAMMA = 1.1, -0.1
 """Stretch of the rectified sigmoid, so that h reaches 0 and 1 (AdaRound, eq. 23)."""
 
 
-class AdaRound(nn.Module):
+class AdaRound(Rounding):
     """Soft rounding of one weight: W̃ = s·(clip(⌊W/s⌋ + h(V) + z, q_min, q_max) − z) (AdaRound, eq. 22).
 
     ``V`` has the weight's shape and starts where h(V) = W/s − ⌊W/s⌋, so that W̃ starts as the clipped float weight.
-    ``start``, integers of the weight's shape, moves each h halfway from there to the rounding they hold: the decision
-    is kept, and its gradient is not dead.
+    ``start``, integers of the weight's shape, moves each h just over halfway from there to the rounding they hold: the
+    decision is kept, and its gradient is not dead.
     """
 
     base: Tensor
@@ -26,7 +27,7 @@ class AdaRound(nn.Module):
     def __init__(
         self, weight: Tensor, spec: QuantizationSpec, scale: Tensor, zero_point: Tensor, start: Tensor | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(weight, spec, scale, zero_point, start)
         self.spec = spec
         self.register_buffer("scale", spec.broadcast(scale, weight.ndim))
         self.register_buffer("zero_point", spec.broadcast(zero_point, weight.ndim))
@@ -35,7 +36,7 @@ class AdaRound(nn.Module):
         share = steps - steps.floor()
         if start is not None:
             up = (start.to(share.dtype) - self.base).clamp(0.0, 1.0)
-            share = 0.5 * (share + up)
+            share = share + 0.51 * (up - share)
         self.V = nn.Parameter(-torch.log((ZETA - GAMMA) / (share - GAMMA) - 1.0))
         self.h = share
 

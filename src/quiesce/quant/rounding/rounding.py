@@ -1,0 +1,34 @@
+"""What a learned rounding is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from quiesce.quant.spec import QuantizationSpec
+
+
+class Rounding(nn.Module, ABC):
+    """The rounding of one weight while it is learned: ``V`` is what the optimizer moves."""
+
+    V: nn.Parameter
+
+    @abstractmethod
+    def __init__(
+        self, weight: Tensor, spec: QuantizationSpec, scale: Tensor, zero_point: Tensor, start: Tensor | None = None
+    ) -> None:
+        """Start at ``weight``, or between it and the integers ``start``; scale and zero point are [channels] or []."""
+        super().__init__()
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """Return the soft-rounded weight, in real units."""
+
+    @abstractmethod
+    def regularizer(self, beta: Tensor) -> Tensor:
+        """Return the 0-dim penalty that drives the rounding of the last forward to a decision."""
+
+    @abstractmethod
+    def harden(self) -> Tensor:
+        """Return the integers decided for, in the spec's dtype and the weight's shape."""

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import recipe
+
+from quiesce.graph.unit import boundary, extract
+from quiesce.pipeline import Prepared
+from quiesce.quant.fake_quantize import (
+    ActivationFakeQuantize,
+    WeightFakeQuantize,
+    fake_quantizers,
+    restore,
+    snapshot,
+)
+from quiesce.quant.rounding import ROUNDINGS
+from quiesce.recipe import PRESETS, ReconstructionRecipe
+from quiesce.reconstruct.losses import squared_error
+from quiesce.reconstruct.optimize import Problem, optimize
+from quiesce.reconstruct.streams import Network, Streams
+
+LEARNING = sorted(name for name, row in PRESETS.items() if row.reconstruction is not None)
+
+
+def problem_of(prepared: Prepared, index: int) -> Problem:
+    """Module ``index`` behind a network that is rounded to nearest."""
+    restore(prepared.graph, prepared.initial)
+    network, module = Network(prepared.graph), prepared.modules[index]
+    streams = Streams.at_input({network.inputs[0]: prepared.samples.args[0]})
+    streams = streams.advance(network, module.start, 64) if module.start else streams
+    ends = boundary(network.nodes, module.start, module.stop)
+    targets = streams.targets(network, module.stop, 64)
+    return Problem(
+        module=extract(network.gm, network.nodes, module.start, module.stop),
+        quantized_inputs=[streams.quantized[n] for n in ends.inputs],
+        float_inputs=[streams.float[n] for n in ends.inputs],
+        targets=[targets[n] for n in ends.outputs],
+    )
+
+
+@torch.no_grad()
+def loss_of(problem: Problem) -> float:
+    """The unit's loss as it is now, on all images, without drop."""
+    outputs = problem.module(*problem.quantized_inputs)
+    return sum(squared_error(o, t).item() for o, t in zip(outputs, problem.targets, strict=True))
+
+
+def learn(
+    problem: Problem, settings: ReconstructionRecipe, steps: int = 120, seed: int = 0, warm: bool = False
+) -> list[list[float]]:
+    return optimize(
+        problem,
+        settings,
+        steps=steps,
+        regularizer_weight=0.01,
+        warm=warm,
+        generator=torch.Generator().manual_seed(seed),
+        on_step=lambda: None,
+    )
+
+
+def settings_of(preset: str, **changes: object) -> ReconstructionRecipe:
+    found = PRESETS[preset].reconstruction
+    assert found is not None
+    # Full presets take 20,000 steps at 1e-3; here fewer steps go further.
+    return replace(found, **{"batch_size": 16, "rounding_lr": 2e-2, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rounding", sorted(ROUNDINGS))
+@pytest.mark.parametrize("preset", LEARNING)
+def test_every_preset_beats_nearest_rounding(chain: Prepared, preset: str, rounding: str) -> None:
+    problem = problem_of(chain, 2)
+    nearest = loss_of(problem)
+    learn(problem, settings_of(preset, rounding=rounding))
+    assert loss_of(problem) < 0.8 * nearest
+
+
+def test_the_first_and_last_units_are_learned_too(chain: Prepared) -> None:
+    for index in (0, len(chain.modules) - 1):
+        problem = problem_of(chain, index)
+        nearest = loss_of(problem)
+        learn(problem, settings_of("brecq"))
+        assert loss_of(problem) < nearest
+
+
+def test_a_unit_is_left_hard_and_detached(chain: Prepared) -> None:
+    problem = problem_of(chain, 2)
+    learn(problem, settings_of("qdrop"), steps=5)
+    quantizers = fake_quantizers(problem.module)
+    assert {type(q) for q in quantizers.values()} == {WeightFakeQuantize, ActivationFakeQuantize}
+    for quantizer in quantizers.values():
+        assert not any(t.requires_grad for t in (*quantizer.buffers(), *quantizer.parameters()))
+        if isinstance(quantizer, WeightFakeQuantize):
+            assert quantizer.rounding is None
+            integers = quantizer.quantized
+            assert integers.dtype == torch.uint8 and 0 <= integers.min() and integers.max() <= 3
+        else:
+            assert quantizer.drop is None and quantizer.scale > 0
+    assert list(problem.module.parameters()) == []
+
+
+def test_a_failing_step_leaves_the_unit_usable(chain: Prepared) -> None:
+    problem = problem_of(chain, 2)
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimize(
+            problem,
+            settings_of("qdrop"),
+            steps=5,
+            regularizer_weight=0.01,
+            warm=False,
+            generator=torch.Generator(),
+            on_step=fail,
+        )
+    assert all(q.rounding is None for q in problem.module.modules() if isinstance(q, WeightFakeQuantize))
+    assert all(q.drop is None for q in problem.module.modules() if isinstance(q, ActivationFakeQuantize))
+
+
+def test_only_the_units_own_state_changes(chain: Prepared) -> None:
+    problem = problem_of(chain, 2)
+    before = snapshot(chain.graph)
+    floats = {n: b.clone() for n, b in chain.graph.named_buffers(recurse=False)}
+    learn(problem, settings_of("brecq"), steps=60)
+    after = snapshot(chain.graph)
+    own = tuple(fake_quantizers(problem.module))
+    changed = {n for n in after if not torch.equal(after[n], before[n])}
+    assert changed and all(n.startswith(own) for n in changed)
+    assert not any(n.endswith("zero_point") for n in changed)
+    assert any(n.endswith("quantized") for n in changed)
+    assert all(torch.equal(b, floats[n]) for n, b in chain.graph.named_buffers(recurse=False))
+
+
+def test_step_sizes_are_learned_only_when_asked(chain: Prepared) -> None:
+    problem = problem_of(chain, 2)
+    scales = {n: q.scale.clone() for n, q in fake_quantizers(problem.module).items()}
+    learn(problem, settings_of("adaround"), steps=20)
+    assert all(torch.equal(q.scale, scales[n]) for n, q in fake_quantizers(problem.module).items())
+    learn(problem, settings_of("brecq"), steps=20)
+    for name, quantizer in fake_quantizers(problem.module).items():
+        learned = isinstance(quantizer, ActivationFakeQuantize)
+        assert torch.equal(quantizer.scale, scales[name]) is not learned
+
+
+def test_the_generator_decides(chain: Prepared) -> None:
+    states = []
+    for seed in (0, 0, 1):
+        problem = problem_of(chain, 2)
+        learn(problem, settings_of("qdrop"), steps=40, seed=seed)
+        states.append(snapshot(problem.module))
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    assert any(not torch.equal(states[0][n], states[2][n]) for n in states[0])
+
+
+def test_the_loss_curve_is_the_loss_without_regularizer(chain: Prepared) -> None:
+    """Without drop and with all images in a batch, its first point is the loss of the soft weights at their start."""
+    problem = problem_of(chain, 2)
+    soft = {}
+    for node in problem.module.graph.nodes:
+        quantizer = getattr(problem.module, str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, WeightFakeQuantize):
+            soft[quantizer] = getattr(problem.module, str(node.args[0].target))
+    for quantizer, weight in soft.items():
+        quantizer.start_rounding("adaround", weight, warm=False)
+    expected = loss_of(problem)
+    restore(chain.graph, chain.initial)
+    for quantizer in soft:
+        quantizer.rounding = None
+    settings = settings_of("adaround", batch_size=problem.targets[0].shape[0], warmup=0.0)
+    for weight in (0.0, 1e3):
+        curve = optimize(
+            problem,
+            settings,
+            steps=1,
+            regularizer_weight=weight,
+            warm=False,
+            generator=torch.Generator(),
+            on_step=lambda: None,
+        )
+        assert curve == [[1, pytest.approx(expected, rel=1e-4)]]
+
+
+def test_the_loss_curve_is_averaged_over_fifty_stretches_at_most(chain: Prepared) -> None:
+    curve = learn(problem_of(chain, 2), settings_of("brecq"), steps=120)
+    assert [step for step, _ in curve] == [*range(3, 121, 3)]
+    assert all(value > 0 for _, value in curve)
+    assert [step for step, _ in learn(problem_of(chain, 2), settings_of("brecq"), steps=7)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_batches_are_never_larger_than_the_images(chain: Prepared) -> None:
+    problem = problem_of(chain, 2)
+    learn(problem, settings_of("brecq", batch_size=1000), steps=2)
+
+
+def test_the_regularizer_decides_the_rounding(chain: Prepared) -> None:
+    """With a strong λ soft weights end where hardening leaves them: the last loss is the hardened unit's."""
+    problem = problem_of(chain, 2)
+    count = problem.targets[0].shape[0]
+    settings = settings_of("adaround", batch_size=count, rounding_lr=5e-2)
+    gaps = {}
+    for weight in (0.0, 0.1):
+        restore(chain.graph, chain.initial)
+        curve = optimize(
+            problem,
+            settings,
+            steps=150,
+            regularizer_weight=weight,
+            warm=False,
+            generator=torch.Generator(),
+            on_step=lambda: None,
+        )
+        gaps[weight] = abs(loss_of(problem) - curve[-1][1]) / loss_of(problem)
+    assert gaps[0.1] < 0.1 < gaps[0.0]
+
+
+def test_a_warm_start_keeps_the_rounding_it_starts_from(chain: Prepared) -> None:
+    problem = problem_of(chain, 2)
+    learn(problem, settings_of("brecq"))
+    learned = snapshot(problem.module)
+    still = settings_of("brecq", rounding_lr=1e-9, step_size_lr=1e-12)
+    learn(problem, still, steps=2, warm=True)
+    after = snapshot(problem.module)
+    weights = [n for n in learned if n.endswith("quantized")]
+    assert all(torch.equal(after[n], learned[n]) for n in weights)
+    learn(problem, still, steps=2, warm=False)
+    assert any(not torch.equal(snapshot(problem.module)[n], learned[n]) for n in weights)

@@ -1,0 +1,104 @@
+"""Networks of a few thousand weights, and what tests of several rooms need around them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from quiesce.graph.capture import interface_of
+from quiesce.oscillation.measure import ModuleLoss
+from quiesce.pipeline import Prepared, regularizer_weight
+from quiesce.recipe import Recipe
+from quiesce.reconstruct.loop import Job
+from quiesce.reconstruct.streams import Network
+from quiesce.result import Result
+
+
+class Residual(nn.Module):
+    """conv-bn-relu-conv-bn with a skip connection, which strides or widens when asked."""
+
+    def __init__(self, channels: int, out: int | None = None, stride: int = 1) -> None:
+        super().__init__()
+        out = channels if out is None else out
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.shortcut = nn.Identity() if (stride, out) == (1, channels) else nn.Conv2d(channels, out, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class Chain(nn.Module):
+    """stem → ``depth`` residual blocks → linear head on the mean: logits [N, 10] of images [N, 3, 8, 8]."""
+
+    def __init__(self, depth: int = 4, channels: int = 8, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.stem = nn.Conv2d(3, channels, 3, padding=1)
+            self.blocks = nn.Sequential(*[Residual(channels) for _ in range(depth)])
+            self.head = nn.Linear(channels, 10)
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    nn.init.uniform_(module.running_var, 0.5, 2.0)
+                    nn.init.uniform_(module.running_mean, -0.5, 0.5)
+                    nn.init.uniform_(module.weight, 0.5, 1.5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(torch.relu(self.stem(x))).mean((2, 3)))
+        return logits
+
+
+def images(count: int = 32, seed: int = 1, size: int = 8, channels: int = 3) -> Tensor:
+    """Random images [count, channels, size, size]."""
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def recipe(preset: str = "qdrop-fast", **settings: object) -> Recipe:
+    """A preset at W2A4 with a batch of 8 and few steps, unless ``settings`` say otherwise."""
+    small: dict[str, object] = {"weight_bits": 2, "activation_bits": 4}
+    if preset != "nearest":
+        small |= {"steps": 4, "batch_size": 8}
+    return Recipe.preset(preset, **{**small, **settings})
+
+
+def job(prepared: Prepared, settings: Recipe) -> Job:
+    """What passes over ``prepared`` share."""
+    network = Network(prepared.graph)
+    flat = interface_of(prepared.graph).flatten(prepared.samples.args, prepared.samples.kwargs)
+    return Job(
+        network=network,
+        modules=prepared.modules,
+        inputs=dict(zip(network.inputs, flat, strict=True)),
+        images=prepared.images,
+        initial=prepared.initial,
+        recipe=settings,
+        reconstruction=settings.reconstruction,  # type: ignore[arg-type]
+        regularizer_weight=regularizer_weight(prepared.graph, settings),
+    )
+
+
+def absolute(losses: list[ModuleLoss]) -> list[float]:
+    return [loss.absolute for loss in losses]
+
+
+def same_state(first: dict[str, Tensor], second: dict[str, Tensor], *prefixes: str) -> bool:
+    """True when both snapshots hold equal tensors (of quantizers whose names start with one of ``prefixes``)."""
+    names = [n for n in first if not prefixes or n.startswith(prefixes)]
+    assert names and first.keys() == second.keys()
+    return all(torch.equal(first[n], second[n]) for n in names)
+
+
+def without_times(result: Result) -> Result:
+    """The result with every duration set to 0, to compare two runs."""
+    runs = []
+    for run in result.runs:
+        records = [dataclasses.replace(r, seconds=0.0) for r in run.unit_records]
+        runs.append(dataclasses.replace(run, seconds=0.0, reused_seconds=0.0, unit_records=records))
+    return dataclasses.replace(result, runs=runs)
