@@ -195,15 +195,13 @@ def test_imports_go_one_way() -> None:
     (block,) = code(section(read("docs/architecture.md"), "Rooms"), "")
     order = {name: i for i, line in enumerate(block.splitlines()) for name in line.split()}
     source = ROOT / "src/quiesce"
+    statement = re.compile(r"^\s*(?:from|import) quiesce\b\.?(\w*)\S*(?: import (\w+))?", re.MULTILINE)
     seen = 0
     for file in sorted(source.rglob("*.py")):
         room = file.relative_to(source).parts[0].removesuffix(".py")
         if room == "__init__":
             continue
-        text = file.read_text(encoding="utf-8")
-        for module, imported in re.findall(
-            r"^\s*(?:from|import) quiesce\b\.?(\w*)\S*(?: import (\w+))?", text, re.MULTILINE
-        ):
+        for module, imported in statement.findall(file.read_text(encoding="utf-8")):
             target = module or (imported if imported in order else "pipeline")
             seen += 1
             assert order[target] <= order[room], f"{file.name} imports from {target}"

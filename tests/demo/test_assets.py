@@ -36,7 +36,7 @@ def test_images_have_the_documented_shapes_and_values() -> None:
     assert labels.bincount().min() > 100
     settings = preprocessing()
     (mean,), (std,) = settings["mean"], settings["std"]
-    assert [*calibration.shape[1:]] == [settings["channels"], *settings["size"]]
+    assert [*calibration.shape[1:]] == [settings["channels"], *settings["crop"]]
     assert calibration.min().item() == pytest.approx(-mean / std)
     assert calibration.max().item() == pytest.approx((1 - mean) / std)
     assert abs(calibration.mean().item()) < 0.05

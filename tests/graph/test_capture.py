@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import CASES, Lambda, OddNames, TwoInputs, VarKwargs, call, captured, conv
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 from quiesce.data import Samples
 from quiesce.errors import ModelError
 from quiesce.graph.capture import capture, interface_of
+from small_nets import CASES, Lambda, OddNames, TwoInputs, VarKwargs, call, captured, conv
 
 IMAGES = Samples((torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),))
 
@@ -129,6 +129,8 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "no tensor comes back": (lambda self, x: 3, "returns no tensor"),
     "a size comes back": (lambda self, x: (self.conv(x), x.shape[0]), "a size or a constant"),
     "a parameter comes back": (lambda self, x: (self.conv(x), self.conv.bias), "a size or a constant"),
+    "one number for the whole batch": (lambda self, x: self.conv(x).mean(), r"shape \[\].*one row an image"),
+    "images in the second dimension": (lambda self, x: self.conv(x).transpose(0, 1), r"shape \[6, .*one row an image"),
     "shapes that do not fit": (lambda self, x: self.conv(x[:, :2]), r"can't be exported.*channels"),
     "gradients inside": (lambda self, x: torch.func.grad(lambda t: self.conv(t).sum())(x), "torch says"),
 }

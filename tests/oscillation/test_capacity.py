@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import Residual, recipe
 from torch import fx, nn
 
 from quiesce.data import Samples
@@ -14,6 +13,7 @@ from quiesce.graph.place import annotate, insert
 from quiesce.graph.unit import Unit
 from quiesce.oscillation.capacity import modcap
 from quiesce.recipe import LayerOverride, Recipe
+from tiny import Residual, recipe
 
 
 class Staged(nn.Module):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import Residual, images, job, recipe
 from torch import Tensor, nn
 
 from quiesce.data import Samples
@@ -11,6 +10,7 @@ from quiesce.graph.partition import partition
 from quiesce.oscillation.measure import ModuleLoss, Oscillation, homogeneous, module_loss, summarize
 from quiesce.pipeline import prepare
 from quiesce.reconstruct.loop import measure_pass
+from tiny import Residual, images, job, recipe
 
 
 def test_loss_sums_channels_and_averages_images_and_positions() -> None:

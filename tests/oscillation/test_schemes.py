@@ -24,7 +24,9 @@ SLOW = {"resnet50", "mobilenetv2_100"}
 
 
 def make(name: str) -> torch.nn.Module:
-    model = timm.create_model(name) if "_0" in name or "_1" in name else torchvision.models.get_model(name, weights=None)
+    model = (
+        timm.create_model(name) if "_0" in name or "_1" in name else torchvision.models.get_model(name, weights=None)
+    )
     return model.eval()
 
 

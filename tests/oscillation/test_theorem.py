@@ -7,19 +7,19 @@ from statistics import mean
 
 import pytest
 import torch
-from tiny import job, recipe
 from torch import Tensor, nn
 
 from quiesce.graph.calibrate import calibrate
 from quiesce.pipeline import Prepared, prepare
 from quiesce.recipe import LayerOverride
 from quiesce.reconstruct.loop import measure_pass
+from tiny import job, recipe
 
 SEEDS = range(16)
 DEPTH = 5
 MIDDLE = 3
 CHANNELS = 32
-SETTINGS = recipe("nearest", weight_bits=4, activation_bits=8, weight_range="minmax", activation_range="minmax")
+SETTINGS = recipe("nearest", weight_bits=4, activation_bits=8)
 
 
 class Module(nn.Module):

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from tiny import Chain, images, recipe
 
 from quiesce.pipeline import Prepared, prepare
+from tiny import Chain, images, recipe
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import Chain, images, recipe
 from torch import Tensor, nn
 
 from quiesce.errors import ModelError
@@ -10,6 +9,7 @@ from quiesce.graph.unit import boundary
 from quiesce.pipeline import Prepared, prepare, run
 from quiesce.reconstruct.losses import fisher_weights, squared_error, weighted_squared_error
 from quiesce.reconstruct.streams import Network
+from tiny import Chain, images, recipe
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 4, 6), (5, 7), (5, 3, 8)])
@@ -124,7 +124,7 @@ def test_fisher_weighting_is_refused_without_logits(outputs: int, message: str) 
 def test_fisher_weighting_changes_what_is_learned(chain: Prepared, granularity: str) -> None:
     results = {}
     for fisher in (False, True):
-        settings = recipe("brecq-fast", fisher=fisher, granularity=granularity, steps=30, weight_range="minmax")
+        settings = recipe("brecq-fast", fisher=fisher, granularity=granularity, steps=30)
         (report,), done = run(chain, settings)
         results[fisher] = done.state
         assert all(len(r.loss_curve) == 30 for r in report.unit_records)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import Chain, images, recipe
 
 from quiesce.pipeline import Prepared, prepare
 from quiesce.reconstruct.streams import Network, Streams
+from tiny import Chain, images, recipe
 
 
 @pytest.fixture(scope="module")

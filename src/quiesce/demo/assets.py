@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quiesce.demo.network import DemoNet
 from quiesce.errors import FileFormatError
+from quiesce.preprocess import Preprocessing
 
 DATA = files("quiesce.demo") / "data"
 SIZE = 28
@@ -49,7 +50,7 @@ def load_images() -> tuple[Tensor, Tensor, Tensor]:
 
 def preprocessing() -> dict[str, Any]:
     """Return what :func:`normalize` does as plain data: (pixels / 255 - mean) / std, one value per channel."""
-    return {"size": [SIZE, SIZE], "channels": 1, "mean": [MEAN], "std": [STD]}
+    return Preprocessing(resize=None, crop=(SIZE, SIZE), mean=(MEAN,), std=(STD,), channels=1).to_dict()
 
 
 def normalize(images: Tensor) -> Tensor:

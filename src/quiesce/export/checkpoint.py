@@ -8,6 +8,7 @@ not stored. See docs/checkpoint.md.
 from __future__ import annotations
 
 import json
+import keyword
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, fx, nn
 
 from quiesce.errors import FileFormatError, ModelError, QuiesceError
@@ -80,7 +81,8 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
         "recipe": checkpoint.recipe.to_dict(),
     }
     with output_folder(folder, force=False) as new:
-        save_file(_stored_tensors(checkpoint.graph), new / TENSOR_FILE)
+        # Through bytes: save_file makes files that only their owner may read.
+        (new / TENSOR_FILE).write_bytes(save(_stored_tensors(checkpoint.graph)))
         (new / GRAPH_FILE).write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
         (new / RECIPE_FILE).write_text(checkpoint.recipe.to_toml(), encoding="utf-8")
         checkpoint.result.write(new / RESULT_FILE)
@@ -113,7 +115,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(graph, result, recipe, document["preprocessing"])
     except FileFormatError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, QuiesceError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, QuiesceError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise FileFormatError(f"{path} is damaged ({reason}); get the file again or run again.") from error
 
@@ -206,20 +208,20 @@ def _encode(node: fx.Node, value: Any) -> Any:
     )
 
 
-def _decode(value: Any, nodes: dict[str, fx.Node], device: torch.device) -> Any:
+def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if isinstance(value, list):
-        return [_decode(v, nodes, device) for v in value]
+        return [_decode(v, nodes) for v in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "node":
         return nodes[content]
     if kind == "dict":
-        return {k: _decode(v, nodes, device) for k, v in content.items()}
+        return {k: _decode(v, nodes) for k, v in content.items()}
     if kind == "float":
         return float(content)
     if kind == "device":
-        return device
+        return torch.device("cpu")
     return _CONSTANTS[kind][content]
 
 
@@ -255,10 +257,17 @@ def _decode_node(
             target = operators().get(row["target"])
             if target is None:
                 raise ValueError(f"operator {row['target']!r} is not allowed")
-            device = torch.device("cpu")
-            args = tuple(_decode(row["args"], nodes, device))
-            return graph.create_node("call_function", target, args, _decode(row["kwargs"], nodes, device), name=name)
+            args, kwargs = _decode(row["args"], nodes), _decode(row["kwargs"], nodes)
+            return graph.create_node("call_function", target, tuple(args), _known_names(target, kwargs), name=name)
     raise ValueError(f"node kind {row['op']!r} is unknown")
+
+
+def _known_names(target: Any, kwargs: Any) -> dict[str, Any]:
+    """Keyword arguments, whose names become code too, must be those of the operator."""
+    known = {a.name for a in target._schema.arguments} if hasattr(target, "_schema") else set()
+    if not isinstance(kwargs, dict) or not known.issuperset(kwargs):
+        raise ValueError(f"{kwargs!r} are not arguments of {target}")
+    return kwargs
 
 
 def _decode_quantizer(name: str, row: dict[str, Any], tensors: dict[str, Tensor]) -> FakeQuantize:
@@ -287,7 +296,7 @@ def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _identifier(name: Any) -> str:
     """A name that is put into generated code must be a plain identifier."""
-    if not isinstance(name, str) or not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f"{name!r} is not a valid name")
     return name
 

@@ -178,10 +178,7 @@ def _flat_graph(program: ExportedProgram) -> fx.GraphModule:
     if not kept:
         raise ModelError("the network returns no tensor; there is nothing to compare its quantized outputs with.")
     for node in kept:
-        if node.op == "get_attr" or not isinstance(node.meta.get("val"), Tensor):
-            raise ModelError(
-                f"the network returns {node.target}, a size or a constant; return only tensors that it computes."
-            )
+        _check_output(node)
     graph.output(tuple(mapped[n] for n in kept))
     gm.meta["interface"] = _interface(program, outputs, [n for n in graph.nodes if n.op == "placeholder"])
     return gm
@@ -194,6 +191,18 @@ def _refuse_opaque(source: fx.GraphModule, node: fx.Node) -> None:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
         raise ModelError(
             f"the captured graph holds {name!r} ({node.name}), which is not an ATen operator; it can't be quantized."
+        )
+
+
+def _check_output(node: fx.Node) -> None:
+    value = node.meta.get("val")
+    if node.op == "get_attr" or not isinstance(value, Tensor):
+        raise ModelError(
+            f"the network returns {node.target}, a size or a constant; return only tensors that it computes."
+        )
+    if value.ndim == 0 or isinstance(value.shape[0], int):
+        raise ModelError(
+            f"the network returns {node.name} of shape {list(value.shape)}; return tensors [images, ...], one row an image."
         )
 
 

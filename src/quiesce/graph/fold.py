@@ -13,6 +13,7 @@ from quiesce.graph.ops import WEIGHT_OPS, argument, groups_of, input_node, is_we
 from quiesce.graph.rewrite import add_tensor, tidy
 
 aten = torch.ops.aten
+BATCH_NORMS = {aten.batch_norm.default, aten._native_batch_norm_legit.no_stats}
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,13 @@ def fold(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[LeftBatchNorm]]:
     gm = copy.deepcopy(gm)
     _unshare_weights(gm)
     left = []
-    for node in [n for n in gm.graph.nodes if _is_batch_norm(n)]:
+    for node in [n for n in gm.graph.nodes if n.target in BATCH_NORMS]:
         reason = _why_not(node)
         if reason:
             left.append(LeftBatchNorm(node.name, reason))
         else:
             _fold_one(gm, node.args[0], node)
     return tidy(gm), left
-
-
-def _is_batch_norm(node: fx.Node) -> bool:
-    """True also for one without statistics (the same operator on a batch of one is an instance normalization)."""
-    if node.target is aten._native_batch_norm_legit.no_stats:
-        x: Any = node.args[0]
-        return isinstance(x.meta["val"].shape[0], torch.SymInt)
-    return node.target is aten.batch_norm.default
 
 
 def _why_not(batch_norm: fx.Node) -> str:

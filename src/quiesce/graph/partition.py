@@ -8,6 +8,10 @@ to no block module is *loose*: short loose runs (a stem, a head) are one unit, l
 in front of a first block without a skip connection belongs to that block, as in MobileNetV2, where nothing separates
 the two. A class whose instances are too large (a whole dense stage) gives way to the repeated modules in it, whose
 boundaries may then carry several tensors.
+
+**Boundaries** are crossed by batches of images, so every tensor alive there has its images first. Where a layer's or a
+block's own boundary is crossed by something else (a size, a sequence-first tensor inside attention), the nearest place
+between the same two layers is taken; without one the two are one unit.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from torch import fx
+from torch import Tensor, fx
 
 from quiesce.graph.ops import is_weight_op
 from quiesce.graph.place import module_stack, weight_layers
@@ -34,14 +38,16 @@ def partition(gm: fx.GraphModule, granularity: str) -> list[Unit]:
     """Return the network's units in order; every weight operator is in exactly one, and every node too.
 
     Args:
-        granularity: ``"layer"`` (one weight layer each, with what follows it) or ``"block"``.
+        granularity: ``"layer"`` (one weight layer each, with what follows it, but for layers with no boundary between
+            them) or ``"block"``.
     """
     nodes = compute_nodes(gm)
     names = {node: name for name, node in weight_layers(gm).items()}
-    keys = _block_keys(nodes)
-    blocks = _block_spans(nodes, keys)
+    places = _Places.of(nodes)
+    keys = _block_keys(nodes, places)
+    blocks = _block_spans(nodes, places, keys)
     spans = blocks if granularity == "block" else [span for block in blocks for span in _split_layers(nodes, *block)]
-    return _named_units(nodes, spans, names, set(keys))
+    return _named_units(nodes, _at_usable_places(nodes, places, spans), names, set(keys))
 
 
 def _split_layers(nodes: list[fx.Node], start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -51,39 +57,69 @@ def _split_layers(nodes: list[fx.Node], start: int, stop: int) -> Iterator[tuple
     yield from pairwise(edges)
 
 
-def _block_spans(nodes: list[fx.Node], keys: list[str]) -> list[tuple[int, int]]:
-    cuts = _cuts(nodes)
+def _block_spans(nodes: list[fx.Node], places: _Places, keys: list[str]) -> list[tuple[int, int]]:
     spans: list[tuple[int, int]] = []
     for (_, key), group in groupby(enumerate(keys), key=lambda item: (item[1] == "", item[1])):
         run = [i for i, _ in group]
         start, stop = run[0], run[-1] + 1
-        spans += [(start, stop)] if key else _loose_spans(nodes, cuts, start, stop)
-    return _join_stem(nodes, _attach_weightless(nodes, spans), keys)
+        spans += [(start, stop)] if key else _loose_spans(nodes, places.cuts, start, stop)
+    return _join_stem(nodes, places.cuts, _attach_weightless(nodes, places, spans), keys)
 
 
-def _cuts(nodes: list[fx.Node]) -> set[int]:
-    """Positions p such that one tensor is alive between node p − 1 and node p; the two ends are cuts."""
+@dataclass(frozen=True)
+class _Places:
+    """What is alive at each place p, between node p − 1 and node p."""
+
+    alive: list[int]
+    """How many tensors."""
+    usable: list[bool]
+    """Whether all of them are tensors with images first."""
+
+    @classmethod
+    def of(cls, nodes: list[fx.Node]) -> _Places:
+        alive, others = [0] * (len(nodes) + 1), [0] * (len(nodes) + 1)
+        sources = dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s.op == "placeholder")
+        batch = {str(s.meta["val"].shape[0]) for s in sources}
+        for tensor, (made, last) in _lifetimes(nodes).items():
+            for p in range(made + 1, last + 1):
+                alive[p] += 1
+                others[p] += not _images_first(tensor, batch)
+        return cls(alive, [number == 0 for number in others])
+
+    @property
+    def cuts(self) -> set[int]:
+        """Places with exactly one tensor; the two ends are cuts."""
+        return {p for p, number in enumerate(self.alive) if number == 1} | {0, len(self.alive) - 1}
+
+
+def _lifetimes(nodes: list[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
+    """Return for each tensor the position of the node that makes it (−1: an input) and of the last that reads it."""
     position = {node: i for i, node in enumerate(nodes)}
-    last_use: dict[fx.Node, int] = {}
-    first: dict[fx.Node, int] = {}
+    lives: dict[fx.Node, tuple[int, int]] = {}
     for i, node in enumerate(nodes):
         for source in node.all_input_nodes:
             if source in position or source.op == "placeholder":
-                last_use[source] = i
-                first.setdefault(source, -1 if source.op == "placeholder" else position[source])
+                lives[source] = (position.get(source, -1), i)
+    for node in nodes:
         if any(user.op == "output" for user in node.users):
-            first.setdefault(node, i)
-            last_use[node] = len(nodes)
-    changes = [0] * (len(nodes) + 2)
-    for tensor, made in first.items():
-        changes[made + 1] += 1
-        changes[last_use[tensor] + 1] -= 1
-    cuts, alive = {0, len(nodes)}, 0
-    for p in range(len(nodes)):
-        alive += changes[p]
-        if alive == 1:
-            cuts.add(p)
-    return cuts
+            lives[node] = (position[node], len(nodes))
+    return lives
+
+
+def _images_first(node: fx.Node, batch: set[str]) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and value.ndim > 0 and str(value.shape[0]) in batch
+
+
+def _at_usable_places(nodes: list[fx.Node], places: _Places, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Move boundaries to the nearest usable place between the same two layers; drop those that have none."""
+    layers = weight_op_positions(nodes)
+    edges = [0]
+    for start, _ in spans[1:]:
+        before, behind = max(i for i in layers if i < start), min(i for i in layers if i >= start)
+        usable = [p for p in range(before + 1, behind + 1) if places.usable[p]]
+        edges += sorted(usable, key=lambda p: abs(p - start))[:1]
+    return list(pairwise([*edges, len(nodes)]))
 
 
 @dataclass(frozen=True)
@@ -127,13 +163,11 @@ class _BlockModules:
         return closed[-1] if closed else ""
 
 
-def _block_keys(nodes: list[fx.Node]) -> list[str]:
+def _block_keys(nodes: list[fx.Node], places: _Places) -> list[str]:
     """The block module of each node; a piece between two cuts has one, that of its weight layers if they agree."""
-    cuts = _cuts(nodes)
-    blocks = _BlockModules.find(nodes, cuts)
+    blocks = _BlockModules.find(nodes, places.cuts)
     keys = [blocks.innermost(node) for node in nodes]
-    edges = sorted(cuts)
-    for start, stop in pairwise(edges):
+    for start, stop in pairwise(sorted(places.cuts)):
         own = {keys[i] for i in range(start, stop)}
         of_layers = {keys[i] for i in range(start, stop) if is_weight_op(nodes[i])}
         if len(own) > 1 and len(of_layers) == 1:
@@ -164,24 +198,26 @@ def _chain_spans(nodes: list[fx.Node], chain: list[tuple[int, int]]) -> list[tup
     return list(_split_layers(nodes, start, stop))
 
 
-def _attach_weightless(nodes: list[fx.Node], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Give stretches without a weight layer to the stretch before them, or to the one behind at the very front."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in spans:
-        if joined and (_layers_in(nodes, start, stop) == 0 or _layers_in(nodes, *joined[-1]) == 0):
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return joined
+def _attach_weightless(nodes: list[fx.Node], places: _Places, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Share out stretches without a weight layer: the boundary is where fewest tensors are alive, the last such place.
+
+    So pooling behind a block is the block's, and a concatenation of features that live on is its reader's.
+    """
+    weighted = [span for span in spans if _layers_in(nodes, *span)]
+    between = [range(start, stop - 1, -1) for (_, stop), (start, _) in pairwise(weighted)]
+    edges = [min(stretch, key=places.alive.__getitem__) for stretch in between]
+    return list(pairwise([0, *edges, len(nodes)]))
 
 
-def _join_stem(nodes: list[fx.Node], spans: list[tuple[int, int]], keys: list[str]) -> list[tuple[int, int]]:
-    """Join a loose stem of one layer to the first block when that block has no skip connection."""
+def _join_stem(
+    nodes: list[fx.Node], cuts: set[int], spans: list[tuple[int, int]], keys: list[str]
+) -> list[tuple[int, int]]:
+    """Join a loose stem of one layer to the first block when that block has no skip connection, in it or around it."""
     if len(spans) < 3:
         return spans
     (start, middle), (_, stop) = spans[0], spans[1]
     stem_is_loose = keys[weight_op_positions(nodes)[0]] == ""
-    block_is_chain = bool(keys[middle]) and _is_chain(nodes, middle, stop)
+    block_is_chain = bool(keys[middle]) and stop in cuts and _is_chain(nodes, middle, stop)
     if stem_is_loose and block_is_chain and _layers_in(nodes, start, middle) == 1:
         return [(start, stop), *spans[2:]]
     return spans

@@ -8,7 +8,16 @@ from typing import Any
 
 from quiesce.errors import RecipeError
 from quiesce.oscillation.capacity import modcap
-from quiesce.oscillation.granularity import Groups, default_k, descent, differentials, merge, scheme_groups, select
+from quiesce.oscillation.granularity import (
+    Groups,
+    default_k,
+    descent,
+    differentials,
+    merge,
+    most_merges,
+    scheme_groups,
+    select,
+)
 from quiesce.oscillation.schemes import resolve_scheme
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore
@@ -61,7 +70,8 @@ def propose(job_modules: list[str], recipe: GranularityRecipe, capacities: list[
     if recipe.method == "loss-descent":
         mask = descent(capacities, recipe.tolerance, [1] * len(single), recipe.max_modules)
     else:
-        k = default_k(len(pairs)) if recipe.k is None else recipe.k
+        most = most_merges(len(single), recipe.max_modules)
+        k = min(default_k(len(pairs)), most) if recipe.k is None else recipe.k
         if k > len(pairs):
             raise RecipeError(
                 f"granularity.k is {k}, and {len(single)} modules have {len(pairs)} pairs; give a smaller k."

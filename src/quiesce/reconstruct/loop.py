@@ -88,9 +88,11 @@ def module_pass(
     began = time.perf_counter()
     walk = _GroupWalk(job, progress, previous, guard)
     restore(job.network.gm, job.initial if previous is None else previous.state)
-    walk.plan(groups)
-    for group in groups:
+    for position, group in enumerate(groups):
+        walk.plan(groups[position:])
         walk.take(group)
+    walk.plan([])
+    progress.enter(progress.stage)  # shows that steps planned for what was reused in the end are not to come
     return Pass(
         snapshot(job.network.gm), walk.done, walk.records, walk.losses, time.perf_counter() - began, walk.trials
     )
@@ -121,7 +123,7 @@ class _Walk:
         job = self.job
         generator = torch.Generator(device=next(iter(job.inputs.values())).device)
         # A seed per unit: a unit's draws do not depend on what was optimized, or reused, before it.
-        generator.manual_seed(job.recipe.seed * 1_000_003 + unit.start)
+        generator.manual_seed((job.recipe.seed * 1_000_003 + unit.start) % 2**63)
         curve = optimize(
             self._problem(unit),
             job.reconstruction,
@@ -167,11 +169,12 @@ class _GroupWalk(_Walk):
         self.trials: list[Trial] = []
 
     def plan(self, groups: Groups) -> None:
-        """Announce the steps to come, as if every merge were accepted."""
-        changed = self.changed
+        """Announce the steps that ``groups``, all that are left, will take if every merge in them is accepted."""
+        changed, steps = self.changed, 0
         for group in groups:
             changed = changed or not self._known(group)
-            self.progress.plan(self._steps(group) if changed else 0)
+            steps += self._steps(group) if changed else 0
+        self.progress.plan(self.progress.done + steps - self.progress.total)
 
     def take(self, group: list[int]) -> None:
         known = self._known(group)

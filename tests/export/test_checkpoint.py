@@ -1,0 +1,288 @@
+"""Saving and loading: bit-identical in a fresh process, and closed to whatever a file may hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import quiesce
+from quiesce import QuantizedModel, Recipe
+from quiesce.errors import FileFormatError, ModelError, OutputError
+from quiesce.export.checkpoint import GRAPH_FILE, TENSOR_FILE
+from quiesce.export.operators import operators
+
+LOAD = """
+import sys, torch, quiesce
+torch.set_num_threads(1)
+network = quiesce.load(sys.argv[1])
+case = torch.load(sys.argv[2], weights_only=True)
+made = network(*case["args"], **case["kwargs"])
+flat = torch.utils._pytree.tree_leaves(made)
+assert all(torch.equal(a, b) for a, b in zip(flat, case["outputs"], strict=True))
+assert "user_model" not in sys.modules
+print("identical")
+"""
+
+
+class Attention(nn.Module):
+    """Squeeze-and-excitation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.nn.functional.hardsigmoid(self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True)))))
+        return x * scale
+
+
+class Varied(nn.Module):
+    """Group convolution, batch-norm, hard-swish, squeeze-and-excitation, channel shuffle by views, a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.attention = Attention(8)
+        self.act = nn.Hardswish(inplace=True)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.first(x)))
+        y = self.grouped(x)
+        n, c, h, w = y.shape
+        y = y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.last((x + self.attention(y)).mean((2, 3)))
+
+
+class Nested(nn.Module):
+    """Keyword inputs, and a dict with a tuple and None out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, left: Tensor, right: Tensor) -> dict[str, Any]:
+        a, b = self.a(left), self.b(right)
+        return {"sum": a + b, "both": (a.relu(), b), "nothing": None}
+
+
+def quantized(model: nn.Module, calibration: object, **settings: Any) -> QuantizedModel:
+    recipe = Recipe.preset("brecq-fast", steps=2, batch_size=4, **settings)
+    return quiesce.quantize(model.eval(), calibration, recipe)
+
+
+@pytest.fixture(scope="module")
+def varied() -> QuantizedModel:
+    torch.manual_seed(0)
+    return quantized(Varied(), torch.randn(8, 3, 8, 8), weight_bits=3)
+
+
+@pytest.fixture
+def saved(varied: QuantizedModel, tmp_path: Path) -> Path:
+    return varied.save(tmp_path / "net")
+
+
+def check_identical(network: QuantizedModel, folder: Path, *args: Tensor, **kwargs: Tensor) -> None:
+    outputs = torch.utils._pytree.tree_leaves(network(*args, **kwargs))
+    case = {"args": list(args), "kwargs": kwargs, "outputs": outputs}
+    torch.save(case, folder.parent / "case.pt")
+    command = [sys.executable, "-c", LOAD, str(folder), str(folder.parent / "case.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "identical\n", done.stderr
+
+
+def test_loads_bit_identical_in_a_fresh_process(varied: QuantizedModel, saved: Path) -> None:
+    check_identical(varied, saved, torch.randn(5, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"weight_symmetric": True}, {"weight_per_channel": False}, {"activation_bits": None}]
+)
+def test_every_kind_of_grid_loads_bit_identical(settings: dict[str, Any], tmp_path: Path) -> None:
+    network = quantized(Varied(), torch.randn(8, 3, 8, 8), **settings)
+    network.save(tmp_path / "net")
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(quiesce.load(tmp_path / "net")(x), network(x))
+
+
+def test_nested_inputs_and_outputs(tmp_path: Path) -> None:
+    network = quantized(Nested(), [{"left": torch.randn(8, 6), "right": torch.randn(8, 6)}])
+    network.save(tmp_path / "net")
+    loaded = quiesce.load(tmp_path / "net")
+    x, y = torch.randn(3, 6), torch.randn(3, 6)
+    made, again = network(left=x, right=y), loaded(right=y, left=x)
+    assert list(again) == ["sum", "both", "nothing"]
+    assert again["nothing"] is None
+    assert isinstance(again["both"], tuple)
+    assert torch.equal(made["both"][1], again["both"][1])
+    with pytest.raises(ModelError, match=r"call it with: 0 positional, left, right"):
+        loaded(x, y)
+
+
+def test_what_is_kept_beside_the_network(varied: QuantizedModel, saved: Path) -> None:
+    loaded = quiesce.load(saved)
+    assert loaded.result == varied.result
+    assert loaded.recipe == varied.recipe
+    assert {p.name for p in saved.iterdir()} == {GRAPH_FILE, TENSOR_FILE, "result.json", "recipe.toml"}
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in saved.iterdir())
+
+
+def test_weights_are_stored_as_integers_only(saved: Path) -> None:
+    tensors = load_file(saved / TENSOR_FILE)
+    integers = {name: t for name, t in tensors.items() if name.endswith(".quantized")}
+    assert len(integers) == 5
+    assert not any(name.endswith("weight") for name in tensors)
+    quantizers = json.loads((saved / GRAPH_FILE).read_text())["quantizers"]
+    for name, tensor in integers.items():
+        bits = quantizers[name.removesuffix(".quantized")]["bits"]
+        assert tensor.dtype == torch.uint8
+        assert int(tensor.max()) < 2**bits
+        assert bits in (3, 8)
+
+
+def test_loading_again_after_saving_a_loaded_network(saved: Path, tmp_path: Path) -> None:
+    loaded = quiesce.load(saved)
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again" / GRAPH_FILE).read_text() == (saved / GRAPH_FILE).read_text()
+
+
+def test_a_folder_with_other_files_is_kept(varied: QuantizedModel, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="holds"):
+        varied.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_an_operator_off_the_list_is_refused_before_any_work() -> None:
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + torch.rand_like(x)
+
+    with pytest.raises(ModelError, match=r"operator aten\.rand_like.* is not among those that can be saved"):
+        quantized(Random(), torch.randn(8, 4))
+
+
+def test_operators_are_pure() -> None:
+    for name, operator in operators().items():
+        if name.startswith("aten."):
+            assert not operator._schema.is_mutable, name
+            assert torch.Tag.nondeterministic_seeded not in operator.tags, name
+    assert {"aten.conv2d.default", "aten.linear.default", "operator.getitem"} <= set(operators())
+
+
+Damage = Callable[[dict[str, Any]], None]
+
+
+def first(document: dict[str, Any], op: str) -> dict[str, Any]:
+    return next(row for row in document["nodes"] if row["op"] == op)
+
+
+def put(row: Callable[[dict[str, Any]], dict[str, Any]], key: str, value: Any) -> Damage:
+    def damage(document: dict[str, Any]) -> None:
+        row(document)[key] = value
+
+    return damage
+
+
+def call(document: dict[str, Any]) -> dict[str, Any]:
+    return first(document, "call")
+
+
+CODE = "a=1) if __import__('os').system('touch executed') else (x"
+DAMAGES: dict[str, Damage] = {
+    "another format": put(lambda d: d, "format", "something else"),
+    "another version": put(lambda d: d, "version", 99),
+    "operator not allowed": put(call, "target", "aten.rand_like.default"),
+    "operator outside of ATen": put(call, "target", "os.system"),
+    "unknown node kind": put(call, "op", "exec"),
+    "unknown node": put(call, "args", [{"node": "nowhere"}]),
+    "unknown constant": put(call, "args", [{"dtype": "object"}]),
+    "arguments that are none": put(call, "args", 3),
+    "code as a keyword": put(call, "kwargs", {"dict": {CODE: 1}}),
+    "a keyword of another operator": put(call, "kwargs", {"dict": {"out": 1}}),
+    "keywords that are none": put(call, "kwargs", []),
+    "code as a node's name": put(call, "name", CODE),
+    "a keyword as a node's name": put(lambda d: first(d, "input"), "name", "lambda"),
+    "code as a tensor's name": put(lambda d: first(d, "tensor"), "tensor", CODE),
+    "a missing tensor": put(lambda d: first(d, "tensor"), "tensor", "absent"),
+    "code as a quantizer's name": put(lambda d: first(d, "quantize"), "quantizer", CODE),
+    "an unknown quantizer": put(lambda d: first(d, "quantize"), "quantizer", "absent"),
+    "bits out of range": put(lambda d: next(iter(d["quantizers"].values())), "bits", 64),
+    "an axis out of range": put(
+        lambda d: next(q for q in d["quantizers"].values() if q["kind"] == "weight"), "ch_axis", 9
+    ),
+    "signed instead of unsigned": put(
+        lambda d: next(q for q in d["quantizers"].values() if q["kind"] == "weight"), "symmetric", True
+    ),
+    "no outputs": put(lambda d: d, "outputs", None),
+    "unknown outputs": put(lambda d: d, "outputs", ["nowhere"]),
+    "a broken interface": put(lambda d: d["interface"], "outputs", {"object": 1}),
+    "a broken recipe": put(lambda d: d["recipe"], "seed", "one"),
+    "nodes that are none": put(lambda d: d, "nodes", {"op": "call"}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_tampered_graph_is_refused(name: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = saved / GRAPH_FILE
+    document = json.loads(path.read_text())
+    DAMAGES[name](document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(FileFormatError):
+        quiesce.load(saved)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("file", [GRAPH_FILE, TENSOR_FILE, "result.json"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_refused(file: str, share: float, saved: Path) -> None:
+    data = (saved / file).read_bytes()
+    (saved / file).write_bytes(data[: int(share * len(data))])
+    with pytest.raises(FileFormatError, match=file.replace(".", r"\.")):
+        quiesce.load(saved)
+
+
+@pytest.mark.parametrize("file", [GRAPH_FILE, TENSOR_FILE, "result.json"])
+def test_a_missing_or_foreign_file_is_refused(file: str, saved: Path) -> None:
+    (saved / file).write_bytes(b"\x89PNG\r\n not one of ours" * 10)
+    with pytest.raises(FileFormatError, match=file.replace(".", r"\.")):
+        quiesce.load(saved)
+    (saved / file).unlink()
+    with pytest.raises(FileFormatError, match=file.replace(".", r"\.")):
+        quiesce.load(saved)
+
+
+def rewrite_tensors(folder: Path, change: Callable[[str, Tensor], Tensor | None]) -> None:
+    tensors = {name: change(name, t) for name, t in load_file(folder / TENSOR_FILE).items()}
+    save_file({name: t for name, t in tensors.items() if t is not None}, folder / TENSOR_FILE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name, t: None if name.endswith(".scale") else t,
+        lambda name, t: t.float() if name.endswith(".quantized") else t,
+        lambda name, t: torch.cat([t.flatten(), t.flatten()]) if name.endswith("zero_point") else t,
+        lambda name, t: t.flatten()[:1] if name.endswith(".quantized") else t,
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change: Callable[[str, Tensor], Tensor | None], saved: Path) -> None:
+    rewrite_tensors(saved, change)
+    with pytest.raises(FileFormatError):
+        quiesce.load(saved)
