@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from quiesce.data import Samples
-from quiesce.errors import ModelError
+from quiesce.errors import DataError
 
 Network = Callable[..., Any]
 
@@ -62,9 +62,10 @@ def compare(outputs: list[Tensor], labels: Tensor | None, reference: list[Tensor
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    if labels.ndim != 1 or int(labels.max()) >= logits.shape[1]:
-        raise ModelError(
-            f"the largest label is {int(labels.max())}, and the network has {logits.shape[1]} classes; "
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise DataError(
+            f"labels go from {low} to {high}, and the network has {logits.shape[1]} classes; "
             "check that the data's classes are the network's."
         )
 
@@ -76,4 +77,4 @@ def _per_cent(hits: Tensor) -> float:
 def _sqnr(outputs: list[Tensor], reference: list[Tensor]) -> float | None:
     noise = sum((o.double() - r.double()).square().sum().item() for o, r in zip(outputs, reference, strict=True))
     signal = sum(r.double().square().sum().item() for r in reference)
-    return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+    return 10 * math.log10(signal / noise) if 0 < noise < math.inf and signal > 0 else None

@@ -1,4 +1,4 @@
-"""The pipeline: capture → fold → place → calibrate → partition → granularity → reconstruct → evaluate, in this order."""
+"""The pipeline: capture, fold, place, calibrate, partition, granularity, reconstruct, evaluate, in this order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ from quiesce.result import Result, Run, hardware, versions
 class QuantizedModel(nn.Module):
     """A quantized network: call it as the float one was called.
 
-    ``result`` says what was done and measured, ``recipe`` how, ``preprocessing`` (plain data or None) what its images need.
+    ``result`` says what was done and measured, ``recipe`` how, ``preprocessing`` (plain data or None) what its images
+    need.
     """
 
     def __init__(
@@ -120,18 +121,14 @@ class Prepared:
     evaluation: Samples | None
     reference: list[Tensor] | None
     """The float network's outputs on the evaluation data."""
+    float_metrics: Metrics | None
     name: str
     left: list[LeftBatchNorm]
     seconds: float
     device: torch.device
 
-    def float_metrics(self) -> Metrics | None:
-        if self.evaluation is None or self.reference is None:
-            return None
-        return compare(self.reference, self.evaluation.labels, None)
-
     def result(self, runs: list[Run], recipe: Recipe) -> Result:
-        metrics = self.float_metrics()
+        metrics = self.float_metrics
         return Result(
             model=self.name,
             float={"top1": None if metrics is None else metrics.top1},
@@ -170,11 +167,13 @@ def prepare(
         check_granularity([m.name for m in modules], recipe.granularity)
     calibrate(graph, samples, recipe)
     evaluation = None if evaluate is None else gather(evaluate, "evaluation").to(where)
-    reference = None
+    reference = metrics = None
     if evaluation is not None:
         check_like(evaluation, samples, "evaluation")
         with float_mode(graph):
             reference = _outputs(graph, evaluation, recipe.calibration_batch)
+        metrics = compare(reference, evaluation.labels, None)
+        compare(reference, evaluation.labels, None)  # labels that do not fit are found now, not after hours of work
     return Prepared(
         graph=graph,
         modules=modules,
@@ -183,6 +182,7 @@ def prepare(
         initial=snapshot(graph),
         evaluation=evaluation,
         reference=reference,
+        float_metrics=metrics,
         name=name or type(model).__name__,
         left=left,
         seconds=time.perf_counter() - began,
@@ -263,8 +263,16 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
 def _captured(model: nn.Module | ExportedProgram, samples: Samples, device: torch.device) -> fx.GraphModule:
     """Capture on at most two samples; a single one is repeated, as a batch of one would be taken for a constant."""
     example = samples.select(slice(0, 2)) if len(samples) > 1 else samples.select(torch.zeros(2, dtype=torch.long))
-    graph = capture(model, example.to(_device_of(model))).to(device)
+    graph = _any_layout(capture(model, example.to(_device_of(model))).to(device))
     _check_captured(graph, samples)
+    return graph
+
+
+def _any_layout(graph: fx.GraphModule) -> fx.GraphModule:
+    """Let the network take any memory layout: a view holds for the layout it was captured with, a reshape for all."""
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    graph.recompile()
     return graph
 
 
@@ -280,8 +288,8 @@ def _check_captured(graph: fx.GraphModule, samples: Samples) -> None:
             or any(isinstance(a, int) and a != b for a, b in fixed)
         ):
             raise DataError(
-                f"calibration: input {node.name} has shape {list(tensor.shape)} and {tensor.dtype}, and the network was "
-                f"captured with {[str(s) for s in expected.shape]} and {expected.dtype}; prepare the images accordingly."
+                f"calibration: input {node.name} has shape {list(tensor.shape)} and {tensor.dtype}, and the network "
+                f"was captured with {[str(s) for s in expected.shape]} and {expected.dtype}; prepare the images so."
             )
 
 
@@ -300,8 +308,8 @@ def _holdout(recipe: Recipe, images: int) -> int:
 def _check_batch(recipe: Recipe, images: int) -> None:
     if recipe.reconstruction is not None and images < recipe.reconstruction.batch_size:
         raise DataError(
-            f"calibration has {images} images to optimize on, fewer than a batch of {recipe.reconstruction.batch_size}; "
-            "give more images or a smaller batch_size."
+            f"calibration has {images} images to optimize on, fewer than a batch of "
+            f"{recipe.reconstruction.batch_size}; give more images or a smaller batch_size."
         )
 
 

@@ -113,7 +113,7 @@ class Result:
             raise FileFormatError(
                 f"{path} can't be read ({error.strerror}); give a folder that a run has written."
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileFormatError(f"{path} is not valid JSON ({error}); it may be truncated, run again.") from error
         return cls.from_dict(data, str(path))
 

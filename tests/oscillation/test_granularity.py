@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -160,7 +160,7 @@ def test_descent_merges_only_falls_and_keeps_the_cap(losses: list[float], max_mo
     assert all(losses[i] > losses[i + 1] for i, merged in enumerate(mask) if merged)
     assert longest_run(tuple(mask)) < max_modules
     if max_modules > len(losses):
-        assert mask == [a > b for a, b in zip(losses, losses[1:], strict=False)]
+        assert mask == [a > b for a, b in pairwise(losses)]
 
 
 @given(st.lists(st.booleans(), max_size=11))
@@ -206,7 +206,7 @@ def test_any_contiguous_scheme_is_taken_as_given(modules: int, data: st.DataObje
     names = [f"m{i}" for i in range(modules)]
     cuts = sorted(data.draw(st.sets(st.integers(1, modules - 1)))) if modules > 1 else []
     edges = [0, *cuts, modules]
-    groups = [list(range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    groups = [list(range(a, b)) for a, b in pairwise(edges)]
     scheme = data.draw(st.permutations([[names[i] for i in g] for g in groups]))
     assert scheme_groups(names, scheme) == groups
 

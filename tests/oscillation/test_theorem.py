@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from statistics import mean
 
@@ -70,7 +71,7 @@ def test_relative_loss_rises_along_a_chain_of_equal_modules(curves: list[list[fl
     over seeds is tested, not each network.
     """
     means = [mean(curve[i] for curve in curves) for i in range(DEPTH)]
-    assert all(later > earlier for earlier, later in zip(means, means[1:], strict=False)), means
+    assert all(later > earlier for earlier, later in itertools.pairwise(means)), means
 
 
 def test_a_module_of_less_capacity_makes_its_loss_jump(curves: list[list[float]]) -> None:

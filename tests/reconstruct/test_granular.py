@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from quiesce.errors import RecipeError
@@ -124,7 +126,7 @@ def test_losses_choose_the_merges(chain: Prepared) -> None:
     assert outcome.block is not None
     losses = [loss.absolute for loss in outcome.block.losses]
     assert outcome.proposal.capacities == losses
-    squares = [(a - b) ** 2 for a, b in zip(losses, losses[1:], strict=False)]
+    squares = [(a - b) ** 2 for a, b in itertools.pairwise(losses)]
     largest = squares.index(max(squares))
     names = [m.name for m in chain.modules]
     assert outcome.merges == [[names[largest], names[largest + 1]]]

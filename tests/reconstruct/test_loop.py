@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -71,7 +72,7 @@ def test_every_module_is_a_unit_with_a_full_record(chain: Prepared) -> None:
     assert report.peak_loss == max(report.module_losses.values())
     assert report.final_loss == report.module_losses["head"]
     losses = list(report.module_losses.values())
-    assert report.oscillation == pytest.approx(sum((a - b) ** 2 for a, b in zip(losses, losses[1:], strict=False)))
+    assert report.oscillation == pytest.approx(sum((a - b) ** 2 for a, b in itertools.pairwise(losses)))
     assert report.guard is None and report.reused_seconds == 0 and report.proposed_merges == []
     assert list(dict.fromkeys(stage for stage, _, _ in ticks)) == NAMES
     assert sorted({done for _, done, _ in ticks}) == list(range(37)) and {total for _, _, total in ticks} == {36}
@@ -219,7 +220,7 @@ def test_units_in_front_of_the_first_merge_are_reused(chain: Prepared) -> None:
 def _own(prepared: Prepared, modules: range) -> set[str]:
     """The quantizers inside ``modules``, by name."""
     nodes = Network(prepared.graph).nodes
-    weights = {q for q in fake_quantizers(prepared.graph)}
+    weights = set(fake_quantizers(prepared.graph))
     found = set()
     for i in modules:
         for node in nodes[prepared.modules[i].start : prepared.modules[i].stop]:

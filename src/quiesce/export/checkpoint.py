@@ -1,8 +1,8 @@
 """Quiesce's own files: the quantized graph as JSON, its tensors as safetensors. Nothing in them is executed.
 
 ``quantized.json`` lists the graph's nodes: ATen operators of an allow-list, their arguments, and the fake-quantizers.
-``quantized.safetensors`` holds integers, scales, zero points, and what stays float; float weights that were quantized are
-not stored. See docs/checkpoint.md.
+``quantized.safetensors`` holds integers, scales, zero points, and what stays float; float weights that were quantized
+are not stored. See docs/checkpoint.md.
 """
 
 from __future__ import annotations
@@ -59,20 +59,25 @@ def check_storable(graph: fx.GraphModule) -> None:
     """Check, before hours of work, that the network can be written.
 
     Raises:
-        ModelError: an operator is not on the allow-list (export/operators.txt), or an argument has no JSON form.
+        ModelError: an operator is not on the allow-list (export/operators.txt), or an argument, or a container that the
+            network takes or returns, has no JSON form.
     """
     for node in graph.graph.nodes:
         if node.op == "call_function":
             operator_name(node)
             _encode(node, [node.args, node.kwargs])
+    _encode_tree(interface_of(graph).inputs)
+    _encode_tree(interface_of(graph).outputs)
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     """Write all files into ``folder``, which must be new or empty; it appears whole or not at all."""
+    tensors = _stored_tensors(checkpoint.graph)
     document = {
         "format": FORMAT,
         "version": VERSION,
         **_encode_graph(checkpoint.graph),
+        "tensors": {name: _form(tensor) for name, tensor in tensors.items()},
         "interface": {
             "inputs": _encode_tree(interface_of(checkpoint.graph).inputs),
             "outputs": _encode_tree(interface_of(checkpoint.graph).outputs),
@@ -82,7 +87,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     }
     with output_folder(folder, force=False) as new:
         # Through bytes: save_file makes files that only their owner may read.
-        (new / TENSOR_FILE).write_bytes(save(_stored_tensors(checkpoint.graph)))
+        (new / TENSOR_FILE).write_bytes(save(tensors))
         (new / GRAPH_FILE).write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
         (new / RECIPE_FILE).write_text(checkpoint.recipe.to_toml(), encoding="utf-8")
         checkpoint.result.write(new / RESULT_FILE)
@@ -108,6 +113,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     tensors = _read_tensors(folder / TENSOR_FILE)
     result = Result.read(folder / RESULT_FILE)
     try:
+        _check_tensors(document["tensors"], tensors)
         graph = _decode_graph(document, tensors)
         interface = document["interface"]
         graph.meta["interface"] = Interface(_decode_tree(interface["inputs"]), _decode_tree(interface["outputs"]))
@@ -150,6 +156,18 @@ def _stored_tensors(graph: fx.GraphModule) -> dict[str, Tensor]:
         for key, tensor in quantizer.named_buffers(recurse=False):
             kept[f"{name}.{key}"] = tensor
     return {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
+
+
+def _form(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def _check_tensors(forms: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Both files must be of one network: the graph knows every tensor's name, dtype and shape."""
+    found = {name: _form(tensor) for name, tensor in tensors.items()}
+    for name in [*forms, *found]:
+        if forms.get(name) != found.get(name):
+            raise ValueError(f"tensor {name} is {found.get(name)} in {TENSOR_FILE}, not {forms.get(name)}")
 
 
 def _encode_graph(graph: fx.GraphModule) -> dict[str, Any]:
@@ -283,6 +301,8 @@ def _decode_quantizer(name: str, row: dict[str, Any], tensors: dict[str, Tensor]
     weight = WeightFakeQuantize(spec, integers.shape, scale)
     if integers.dtype != spec.dtype:
         raise ValueError(f"quantizer {name} has integers of {integers.dtype} instead of {spec.dtype}")
+    if integers.numel() and not spec.quant_min <= int(integers.min()) <= int(integers.max()) <= spec.quant_max:
+        raise ValueError(f"quantizer {name} has integers that {spec.bits} bits do not hold")
     shape = tuple(weight.scale.shape)
     weight.quantized, weight.scale, weight.zero_point = integers, _shaped(scale, shape), _shaped(zero_point, shape)
     return weight
@@ -302,7 +322,10 @@ def _identifier(name: Any) -> str:
 
 
 def _encode_tree(tree: Any) -> Any:
-    """Nested arguments or results as JSON: containers are named, indices of tensors are ``{"tensor": i}``."""
+    """Nested arguments or results as JSON: containers are named, indices of tensors are ``{"tensor": i}``.
+
+    A mapping of any kind comes back as a dict, as its class may not be there where the file is read.
+    """
     if isinstance(tree, Leaf):
         return {"tensor": tree.index}
     if isinstance(tree, tuple):

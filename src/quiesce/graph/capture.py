@@ -202,7 +202,8 @@ def _check_output(node: fx.Node) -> None:
         )
     if value.ndim == 0 or isinstance(value.shape[0], int):
         raise ModelError(
-            f"the network returns {node.name} of shape {list(value.shape)}; return tensors [images, ...], one row an image."
+            f"the network returns {node.name} of shape {list(value.shape)}; "
+            "return tensors [images, ...], one row an image."
         )
 
 

@@ -63,7 +63,7 @@ def _block_spans(nodes: list[fx.Node], places: _Places, keys: list[str]) -> list
         run = [i for i, _ in group]
         start, stop = run[0], run[-1] + 1
         spans += [(start, stop)] if key else _loose_spans(nodes, places.cuts, start, stop)
-    return _join_stem(nodes, places.cuts, _attach_weightless(nodes, places, spans), keys)
+    return _join_stem(nodes, places.cuts, _attach_weightless(nodes, places, spans, keys), keys)
 
 
 @dataclass(frozen=True)
@@ -198,14 +198,20 @@ def _chain_spans(nodes: list[fx.Node], chain: list[tuple[int, int]]) -> list[tup
     return list(_split_layers(nodes, start, stop))
 
 
-def _attach_weightless(nodes: list[fx.Node], places: _Places, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Share out stretches without a weight layer: the boundary is where fewest tensors are alive, the last such place.
+def _attach_weightless(
+    nodes: list[fx.Node], places: _Places, spans: list[tuple[int, int]], keys: list[str]
+) -> list[tuple[int, int]]:
+    """Share out what holds no weight layer and belongs to no block, between one span with layers and the next.
 
-    So pooling behind a block is the block's, and a concatenation of features that live on is its reader's.
+    The boundary is where fewest tensors are alive, the last such place: pooling behind a block is the block's, and a
+    concatenation of features that live on is its reader's.
     """
-    weighted = [span for span in spans if _layers_in(nodes, *span)]
-    between = [range(start, stop - 1, -1) for (_, stop), (start, _) in pairwise(weighted)]
-    edges = [min(stretch, key=places.alive.__getitem__) for stretch in between]
+    layers = [[i for i in range(*span) if is_weight_op(nodes[i])] for span in spans]
+    weighted = [(span, inside[-1]) for span, inside in zip(spans, layers, strict=True) if inside]
+    edges = []
+    for ((_, stop), last), ((start, _), _) in pairwise(weighted):
+        free = range(start, (stop if keys[last] else last + 1) - 1, -1)
+        edges.append(min(free, key=places.alive.__getitem__))
     return list(pairwise([0, *edges, len(nodes)]))
 
 

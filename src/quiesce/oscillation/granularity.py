@@ -1,7 +1,8 @@
-"""Granularity: which neighbouring modules are optimized jointly. Pure functions of scores along the chain of modules."""
+"""Granularity: which neighbouring modules are optimized jointly; pure functions of scores along their chain."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -22,7 +23,7 @@ def differentials(scores: Sequence[float], method: str) -> list[float]:
     if method == "log-ratio":
         smallest = min((s for s in scores if s > 0), default=1.0)
         scores = [math.log(max(s, smallest)) for s in scores]
-    squares = [(a - b) ** 2 for a, b in zip(scores, scores[1:], strict=False)]
+    squares = [(a - b) ** 2 for a, b in itertools.pairwise(scores)]
     largest = max(squares, default=0.0)
     return [s / largest for s in squares] if largest > 0 else squares
 

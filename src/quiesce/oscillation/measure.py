@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,11 +37,13 @@ class Oscillation:
 def module_loss(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], produced: Sequence[str]) -> ModuleLoss:
     """Compare the two streams behind a module on the tensors it ``produced``; one passed through is not its own.
 
-    Tensors are [images, channels, ...].
+    Tensors are [images, channels, ...]; masks and indices are left out.
     """
     absolute = energy = 0.0
     for name in produced:
         target = teacher[name]
+        if not target.is_floating_point():
+            continue
         channels = target.shape[1] if target.ndim > 1 else 1
         absolute += _mean_square(student[name] - target) * channels
         energy += _mean_square(target) * channels
@@ -55,7 +58,7 @@ def summarize(losses: Sequence[float]) -> Oscillation:
     """Return peak, final value and oscillation of the losses of modules in network order."""
     if not losses:
         return Oscillation(0.0, 0.0, 0.0)
-    swings = [(a - b) ** 2 for a, b in zip(losses, losses[1:], strict=False)]
+    swings = [(a - b) ** 2 for a, b in itertools.pairwise(losses)]
     return Oscillation(max(losses), losses[-1], sum(swings))
 
 

@@ -1,7 +1,7 @@
 """The guard: a merge stays only if held-out images say that the whole network gained by it.
 
-A lower local loss does not imply a better network: the unit may have fitted the calibration images. So a merged unit and
-its unmerged counterpart are compared at the network's output, on images nobody optimized on, with everything behind
+A lower local loss does not imply a better network: the unit may have fitted the calibration images. So a merged unit
+and its unmerged counterpart are compared at the network's output, on images nobody optimized on, with everything behind
 the unit still float.
 """
 

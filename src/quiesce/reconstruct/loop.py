@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from quiesce.errors import ModelError
 from quiesce.graph.unit import Unit, boundary, extract
 from quiesce.oscillation.granularity import Groups
 from quiesce.oscillation.measure import ModuleLoss, module_loss
@@ -82,8 +84,8 @@ def module_pass(
     """Reconstruct modules in ``groups``, one unit a group.
 
     With a ``previous`` pass, units in front of the first change are taken over from it, and a merged unit that it did
-    not have can start from its state. With a ``guard`` too, such a unit is kept only if it leaves the network's held-out
-    output closer to the float one than the previous state of the same modules does.
+    not have can start from its state. With a ``guard`` too, such a unit is kept only if it leaves the network's
+    held-out output closer to the float one than the previous state of the same modules does.
     """
     began = time.perf_counter()
     walk = _GroupWalk(job, progress, previous, guard)
@@ -114,7 +116,13 @@ class _Walk:
             self.streams = self.streams.advance(network, min(stop, module.stop), job.recipe.calibration_batch)
             if self.streams.position == module.stop:
                 produced = boundary(network.nodes, module.start, module.stop).outputs
-                self.losses.append(module_loss(self.streams.float, self.streams.quantized, produced))
+                loss = module_loss(self.streams.float, self.streams.quantized, produced)
+                if not math.isfinite(loss.absolute):
+                    raise ModelError(
+                        f"module {module.name} gives NaN or infinite values on the calibration images; "
+                        "check the network on them, and its normalization of inputs."
+                    )
+                self.losses.append(loss)
 
     def optimize(self, unit: Unit, names: list[str], steps: int, warm: bool, progress: Progress) -> UnitRecord:
         """Optimize the unit that starts here and move behind it."""
@@ -140,18 +148,36 @@ class _Walk:
     def _problem(self, unit: Unit) -> Problem:
         job, network, images = self.job, self.job.network, self.job.images
         ends = boundary(network.nodes, unit.start, unit.stop)
-        module = extract(network.gm, network.nodes, unit.start, unit.stop)
         feed = {name: t[:images] for name, t in self.streams.float.items()}
         wanted = network.run(unit.start, unit.stop, feed, job.recipe.calibration_batch, quantized=False)
+        # Masks and indices have no gradient.
+        outputs = [name for name in ends.outputs if wanted[name].is_floating_point()]
+        if not outputs:
+            raise ModelError(
+                f"unit {unit.name} returns no floating-point tensor, so there is nothing to compare; "
+                "let the network return what it computes its choice (argmax, comparison) from."
+            )
         quantized = [self.streams.quantized[name][:images] for name in ends.inputs]
-        same = [self.streams.quantized[name] is self.streams.float[name] for name in ends.inputs]
+        # Inputs that both streams share, and masks and indices, are not mixed by QDrop's drop.
+        whole = [(self.streams.quantized[name], self.streams.float[name]) for name in ends.inputs]
+        same = [q is f or not q.is_floating_point() for q, f in whole]
         return Problem(
-            module=module,
+            module=_returning(extract(network.gm, network.nodes, unit.start, unit.stop), outputs),
             quantized_inputs=quantized,
             float_inputs=[q if s else feed[n] for n, q, s in zip(ends.inputs, quantized, same, strict=True)],
-            targets=[wanted[name] for name in ends.outputs],
-            weights=None if job.fisher is None else [job.fisher[name][:images] for name in ends.outputs],
+            targets=[wanted[name] for name in outputs],
+            weights=None if job.fisher is None else [job.fisher[name][:images] for name in outputs],
         )
+
+
+def _returning(module: fx.GraphModule, names: list[str]) -> fx.GraphModule:
+    """Leave only ``names`` of the module's outputs."""
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    kept = tuple(n for n in output.args[0] if n.name in names)
+    if len(kept) < len(output.args[0]):
+        output.args = (kept,)
+        module.recompile()
+    return module
 
 
 class _GroupWalk(_Walk):

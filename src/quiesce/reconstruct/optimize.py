@@ -1,7 +1,7 @@
 """Optimize one unit: learn its rounding and step sizes so that its output matches the float one.
 
-One loop for all methods: AdaRound, BRECQ and QDrop differ in the unit's extent, the drop, and what is learned. A step is
-a static function of an index, β and learning rates: what is constant is made before the first one, and nothing is
+One loop for all methods: AdaRound, BRECQ and QDrop differ in the unit's extent, the drop, and what is learned. A step
+is a static function of an index, β and learning rates: what is constant is made before the first one, and nothing is
 read back from the device until the last.
 """
 

@@ -1,0 +1,210 @@
+"""The pipeline from end to end on small networks: what goes in, what comes out, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils.data import DataLoader, TensorDataset
+
+import quiesce
+from quiesce import Recipe, Result
+from quiesce.data import Samples
+from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
+from quiesce.pipeline import analyze, prepare, run
+from quiesce.recipe import PRESETS
+from tiny import Chain
+
+QUICK = {"steps": 4, "batch_size": 8}
+X, Y = torch.randn(24, 3, 8, 8), torch.arange(24) % 10
+
+
+def recipe(preset: str = "qdrop", **settings: Any) -> Recipe:
+    quick = {} if preset == "nearest" else QUICK
+    return Recipe.preset(preset, **{**quick, **settings})
+
+
+def without_times(result: Result) -> Any:
+    data = json.loads(result.to_json())
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if not k.endswith("seconds")}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    return strip(data)
+
+
+def test_result_has_the_documented_form(tmp_path: Path) -> None:
+    network = quiesce.quantize(Chain(2), X, recipe(granularity="loss"), evaluate=[(X, Y)], name="chain")
+    network.save(tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert data["schema"] == 1
+    assert data["model"] == "chain"
+    assert 0 <= data["float"]["top1"] <= 100
+    assert [r["granularity"] for r in data["runs"]] == ["block", "loss"]
+    last = data["runs"][-1]
+    modules = ["stem", "blocks.0", "blocks.1", "head"]
+    assert list(last["module_losses"]) == modules
+    assert [m for unit in last["units"] for m in unit] == modules
+    assert last["peak_loss"] == max(last["module_losses"].values())
+    assert last["final_loss"] == last["module_losses"]["head"]
+    assert {"preset", "weight_bits", "activation_bits", "seed", "top1", "agreement", "sqnr_db", "seconds"} <= set(last)
+    assert last["guard"]["kept"] in ("merged", "block")
+    assert data["recipe"]["name"] == "qdrop"
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["hardware"]["device"] == "cpu"
+    assert Result.read(tmp_path / "out" / "result.json") == network.result
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_runs_and_measures_every_module(preset: str) -> None:
+    network = quiesce.quantize(Chain(2), X, recipe(preset), evaluate=X)
+    made = network.result.run
+    assert list(made.module_losses) == ["stem", "blocks.0", "blocks.1", "head"]
+    assert made.top1 is None
+    assert made.agreement is not None
+    assert made.granularity == (None if preset == "nearest" else "layer" if preset.startswith("ada") else "block")
+    assert network(X).shape == (24, 10)
+
+
+def test_without_evaluation_data_nothing_is_measured() -> None:
+    made = quiesce.quantize(Chain(1), X, recipe("nearest")).result
+    assert made.float["top1"] is None
+    assert (made.run.top1, made.run.agreement, made.run.sqnr_db) == (None, None, None)
+
+
+def test_calibration_may_come_in_any_form() -> None:
+    outputs = []
+    dictionaries = [{"x": X[:12]}, {"x": X[12:]}]
+    for calibration in (X, [X[:16], X[16:]], DataLoader(TensorDataset(X, Y), batch_size=8), dictionaries):
+        network = quiesce.quantize(Chain(1), calibration, recipe())
+        outputs.append(network(x=X) if calibration is dictionaries else network(X))
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_seed_fixes_the_run() -> None:
+    def made(seed: int) -> tuple[Any, Tensor]:
+        network = quiesce.quantize(Chain(2), X, recipe(seed=seed, granularity="modcap"), evaluate=[(X, Y)])
+        return without_times(network.result), network(X)
+
+    (first, outputs), (second, again), (other, _) = made(3), made(3), made(4)
+    assert first == second
+    assert torch.equal(outputs, again)
+    assert first != other
+
+
+def test_the_callers_model_is_not_changed() -> None:
+    model = Chain(2).train()
+    model.blocks[0].eval()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    quiesce.quantize(model, X, recipe())
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_a_saved_program_is_a_model(tmp_path: Path) -> None:
+    model = Chain(1)
+    program = torch.export.export(model, (X[:2],), dynamic_shapes=({0: Dim.DYNAMIC},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2")
+    assert torch.equal(quiesce.quantize(loaded, X, recipe())(X), quiesce.quantize(model, X, recipe())(X))
+    with pytest.raises(DataError, match=r"input x has shape \[24, 3, 9, 9\]"):
+        quiesce.quantize(loaded, torch.randn(24, 3, 9, 9), recipe())
+
+
+def test_progress_reaches_its_end() -> None:
+    calls: list[tuple[str, int, int]] = []
+    quiesce.quantize(Chain(2), X, recipe(granularity="loss"), progress=lambda *a: calls.append(a))
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
+    assert calls[-1][1] == calls[-1][2] > 0
+    assert all(done <= total for _, done, total in calls)
+
+
+def test_a_comparison_shares_its_block_pass() -> None:
+    prepared = prepare(Chain(2), X, recipe(granularity="loss"), evaluate=[(X, Y)])
+    (plain,), block = run(prepared, recipe())
+    shared, _ = run(prepared, recipe(granularity="loss"), block=block)
+    alone, _ = run(prepared, recipe(granularity="loss"))
+    assert [r.granularity for r in shared] == ["loss"]
+    assert [r.granularity for r in alone] == ["block", "loss"]
+    assert shared[0].module_losses == alone[1].module_losses
+    assert alone[0].module_losses == plain.module_losses
+    assert shared[0].seconds >= shared[0].block_seconds > 0
+
+
+def test_two_bits_hurt_more_than_eight_and_reconstruction_helps() -> None:
+    def error(preset: str, bits: int, **settings: Any) -> float:
+        chosen = Recipe.preset(preset, weight_bits=bits, activation_bits=8, **settings)
+        return quiesce.quantize(Chain(2), X, chosen).result.run.final_loss
+
+    nearest = error("nearest", 2)
+    assert error("nearest", 8) < nearest / 10
+    assert error("brecq-fast", 2, steps=60, batch_size=16) < nearest
+
+
+def test_analyze_needs_no_data() -> None:
+    found = analyze(Chain(4), Samples((X[:1],)), recipe(granularity="modcap", k=1))
+    assert found.modules == ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head"]
+    assert found.layers["blocks.1"] == ["blocks.1.conv1", "blocks.1.conv2"]
+    assert found.capacities["stem"] == 8 * 3 * 9 * 8
+    assert found.capacities["blocks.0"] == 2 * 8 * 8 * 9 * 4
+    assert max(found.differentials) == 1.0
+    assert [len(unit) for unit in found.merges] == [2]
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+BAD: dict[str, tuple[nn.Module, Any, dict[str, Any], type[QuiesceError], str]] = {
+    "control flow": (Branching(), X, {}, ModelError, r"test_pipeline\.py:\d+ .*x\.sum\(\) > 0"),
+    "no weight layer": (nn.ReLU(), X, {}, ModelError, "no convolution or linear layer"),
+    "no images": (Chain(1), [], {}, DataError, "empty"),
+    "NaN": (Chain(1), torch.full_like(X, torch.nan), {}, DataError, "NaN"),
+    "infinity": (Chain(1), [X, X / 0], {}, DataError, "batch 1"),
+    "too few images": (Chain(1), X[:4], {}, DataError, "4 images to optimize on, fewer than a batch of 8"),
+    "too few behind the guard": (Chain(2), X[:8], {"granularity": "loss"}, DataError, "7 images to optimize on"),
+    "wrong channels": (Chain(1), torch.randn(24, 5, 8, 8), {}, ModelError, "can't be exported"),
+    "ragged batches": (Chain(1), [X, X[:, :, :4]], {}, DataError, "batch 1"),
+    "large k": (Chain(2), X, {"granularity": "modcap", "k": 9}, RecipeError, r"k is 9"),
+    "unknown module": (
+        Chain(2),
+        X,
+        {"granularity": "scheme", "scheme": [["blocks.0", "block.1"]]},
+        RecipeError,
+        "blocks.1",
+    ),
+    "not neighbours": (
+        Chain(2),
+        X,
+        {"granularity": "scheme", "scheme": [["stem", "blocks.1"]]},
+        RecipeError,
+        "neighbours",
+    ),
+    "unknown scheme": (Chain(2), X, {"granularity": "scheme", "scheme": "resnet19"}, RecipeError, "resnet18"),
+    "pattern without layer": (Chain(1), X, {"layers": [{"pattern": "stm", "weight_bits": 8}]}, RecipeError, "stem"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gives_one_clear_error(name: str) -> None:
+    model, calibration, settings, kind, message = BAD[name]
+    with pytest.raises(kind, match=message) as caught:
+        quiesce.quantize(model, calibration, recipe(**settings))
+    assert type(caught.value) is kind
+
+
+def test_evaluation_data_must_fit_too() -> None:
+    with pytest.raises(DataError, match="evaluation"):
+        quiesce.quantize(Chain(1), X, recipe(), evaluate=torch.randn(4, 3, 9, 9))
+    with pytest.raises(ModelError, match="largest label"):
+        quiesce.quantize(Chain(1), X, recipe("nearest"), evaluate=[(X, Y + 30)])
