@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quiesce.data import Samples
-from quiesce.errors import ModelError
+from quiesce.errors import DataError
 from quiesce.evaluate import compare, evaluate, outputs_of
 
 LOGITS = torch.tensor([[3.0, 1.0], [0.0, 2.0], [5.0, 4.0], [0.0, 1.0]])
@@ -41,7 +41,7 @@ def test_sqnr_covers_all_outputs() -> None:
 
 
 def test_labels_beyond_the_classes_are_refused() -> None:
-    with pytest.raises(ModelError, match="largest label is 7, and the network has 2 classes"):
+    with pytest.raises(DataError, match="labels go from 0 to 7, and the network has 2 classes"):
         compare([LOGITS], torch.tensor([0, 1, 7, 0]), None)
 
 

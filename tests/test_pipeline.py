@@ -206,5 +206,5 @@ def test_bad_input_gives_one_clear_error(name: str) -> None:
 def test_evaluation_data_must_fit_too() -> None:
     with pytest.raises(DataError, match="evaluation"):
         quiesce.quantize(Chain(1), X, recipe(), evaluate=torch.randn(4, 3, 9, 9))
-    with pytest.raises(ModelError, match="largest label"):
+    with pytest.raises(DataError, match="labels go from 30 to 39"):
         quiesce.quantize(Chain(1), X, recipe("nearest"), evaluate=[(X, Y + 30)])

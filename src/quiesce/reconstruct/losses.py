@@ -44,9 +44,11 @@ def fisher_weights(
         with torch.enable_grad():
             *taps, logits = module(*fed)
             _check_logits(logits, network)
+            if not logits.requires_grad:
+                raise ModelError("Fisher weighting needs floating-point inputs to differentiate by; set fisher = false.")
             labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
             loss = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-            gradients = torch.autograd.grad(loss, taps)
+            gradients = torch.autograd.grad(loss, taps, materialize_grads=True)
         for name, gradient in zip(order, gradients, strict=True):
             squares[name].append(gradient.square())
     whole = {name: torch.cat(parts) for name, parts in squares.items()}
@@ -54,14 +56,14 @@ def fisher_weights(
 
 
 def _with_taps(network: Network, names: set[str]) -> tuple[torch.nn.Module, list[str]]:
-    """The float network as a module that also returns the tensors ``names``, and their order."""
+    """The float network as a module that also returns those of ``names`` that can have gradients, and their order."""
     from torch import fx
 
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
     for node in network.gm.graph.nodes:
         if node.op == "output":
-            order = [n for n in mapped if n.name in names]
+            order = [n for n in mapped if n.name in names and n.meta["val"].is_floating_point()]
             graph.output((*[mapped[n] for n in order], *[mapped[n] for n in node.args[0]]))
         elif node.op == "call_module":
             mapped[node] = mapped[node.args[0]]
