@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -56,3 +57,39 @@ def test_batches_change_nothing() -> None:
     network = nn.Linear(3, 4)
     labelled = Samples((torch.randn(7, 3),), {}, torch.arange(7) % 4)
     assert evaluate(network, labelled, batch_size=2) == evaluate(network, labelled)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 0], [-1, 0, 1, 1]])
+def test_labels_outside_the_classes_are_refused(labels: list[int]) -> None:
+    with pytest.raises(DataError, match="the network has 2 classes"):
+        compare([LOGITS], torch.tensor(labels), None)
+
+
+def test_labels_of_a_network_without_logits_are_left_alone() -> None:
+    assert compare([torch.ones(2, 3, 4)], torch.tensor([900, 901]), None).top1 is None
+    assert compare([LOGITS, LOGITS], torch.tensor([900, 901, 902, 903]), None).top1 is None
+
+
+def test_sqnr_of_a_network_that_blew_up_is_none() -> None:
+    assert compare([torch.full((4, 2), torch.inf)], None, [LOGITS]).sqnr_db is None
+    assert compare([torch.full((4, 2), torch.nan)], None, [LOGITS]).sqnr_db is None
+    assert compare([LOGITS], None, [torch.zeros(4, 2)]).sqnr_db is None
+
+
+def test_outputs_keep_the_order_of_the_result_and_leave_out_constants() -> None:
+    def network(x: Tensor) -> dict[str, Any]:
+        return {"b": (x, None), "a": [x + 1, 3]}
+
+    first, second = outputs_of(network, Samples((torch.zeros(5, 2),)), 2)
+    assert first.shape == second.shape == (5, 2)
+    assert first.sum() == 0
+    assert second.sum() == 10
+
+
+def test_keyword_inputs_are_passed_by_name() -> None:
+    def network(*, left: Tensor, right: Tensor) -> Tensor:
+        return left - right
+
+    samples = Samples((), {"right": torch.ones(3, 2), "left": torch.zeros(3, 2)})
+    (out,) = outputs_of(network, samples)
+    assert torch.equal(out, -torch.ones(3, 2))

@@ -20,6 +20,7 @@ from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
 from quiesce.pipeline import analyze, prepare, run
 from quiesce.recipe import PRESETS
 from tiny import Chain
+from tiny import recipe as small
 
 QUICK = {"steps": 4, "batch_size": 8}
 X, Y = torch.randn(24, 3, 8, 8), torch.arange(24) % 10
@@ -208,3 +209,143 @@ def test_evaluation_data_must_fit_too() -> None:
         quiesce.quantize(Chain(1), X, recipe(), evaluate=torch.randn(4, 3, 9, 9))
     with pytest.raises(DataError, match="labels go from 30 to 39"):
         quiesce.quantize(Chain(1), X, recipe("nearest"), evaluate=[(X, Y + 30)])
+
+
+def test_the_global_random_state_is_neither_read_nor_moved() -> None:
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        outputs.append(quiesce.quantize(Chain(1), X, small(granularity="loss"))(X))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.is_grad_enabled()
+    assert torch.equal(*outputs)
+
+
+def test_a_quantized_network_is_a_module_like_others() -> None:
+    network = quiesce.quantize(Chain(1), X, small("nearest"))
+    twin = copy.deepcopy(network).to("cpu").train()
+    assert torch.equal(twin(X), network(X))
+    assert not network(X).requires_grad
+    assert list(network.parameters()) == []
+    assert network(X[:1]).shape == (1, 10)
+    with pytest.raises(ModelError, match="call it with: 1 positional"):
+        network(X, X)
+
+
+def test_one_image_is_enough_to_round_to_nearest() -> None:
+    assert quiesce.quantize(Chain(1), X[:1], small("nearest"))(X).shape == (24, 10)
+
+
+@pytest.fixture(scope="module")
+def plain() -> quiesce.QuantizedModel:
+    return quiesce.quantize(Chain(1), X, small("brecq-fast"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_symmetric": True, "activation_symmetric": True},
+        {"weight_per_channel": False},
+        {"activation_bits": None},
+        {"activations.second_layer_bits": 8},
+        {"weight_range": "percentile", "activation_range": "percentile"},
+        {"layers": [{"pattern": "blocks.0.*", "weight_bits": 3, "activation_bits": 6}]},
+    ],
+)
+def test_settings_reach_the_network(settings: dict[str, Any], plain: quiesce.QuantizedModel) -> None:
+    changed = quiesce.quantize(Chain(1), X, small("brecq-fast", **settings))
+    assert not torch.equal(changed(X), plain(X))
+    assert changed.recipe == small("brecq-fast", **settings)
+    if settings.get("activation_bits", 0) is None:
+        assert changed.result.run.activation_bits is None
+
+
+def test_values_that_the_network_itself_breaks_are_named() -> None:
+    class Logarithm(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).log()
+
+    with pytest.raises(ModelError, match=r"module head gives NaN or infinite values on the calibration images"):
+        quiesce.quantize(Logarithm(1), X, small("nearest"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (X.double(), "can't be exported"),
+        (X.int(), "can't be exported"),
+        (X.flatten(1), "can't be exported"),
+        ("images", "is a str"),
+        (None, "is a NoneType"),
+        ([X, {"x": X}], "batch 1"),
+        ([[], []], "empty list"),
+        ([{"label": Y}], "has no inputs"),
+        ([{"y": X}], "can't be exported"),
+        (torch.zeros(0, 3, 8, 8), "empty"),
+    ],
+)
+def test_calibration_that_does_not_fit_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(QuiesceError, match=message):
+        quiesce.quantize(Chain(1), data, small())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (X.double(), r"evaluation data is float64 \[N, 3, 8, 8\], but the network was captured with float32"),
+        (X[:, :2], r"is float32 \[N, 2, 8, 8\]"),
+        ([{"x": X}], "evaluation data has input 'x', but the network was captured with input 0"),
+        ([], "evaluation data is empty"),
+        (torch.full_like(X, torch.inf), "NaN or infinite"),
+    ],
+)
+def test_evaluation_that_does_not_fit_is_refused_before_any_optimization(data: Any, message: str) -> None:
+    steps: list[Any] = []
+    with pytest.raises(DataError, match=message):
+        quiesce.quantize(Chain(1), X, small(), evaluate=data, progress=lambda *a: steps.append(a))
+    assert steps == []
+
+
+def test_reports_of_evaluation_are_those_of_the_network_that_is_returned() -> None:
+    model = Chain(2)
+    network = quiesce.quantize(model, X, small(granularity="modcap"), evaluate=[(X, Y)])
+    made, wanted = network(X), model(X)
+    last = network.result.run
+    assert last.top1 == pytest.approx(100 * (made.argmax(1) == Y).double().mean().item())
+    assert network.result.float["top1"] == pytest.approx(100 * (wanted.argmax(1) == Y).double().mean().item())
+    assert last.agreement == pytest.approx(100 * (made.argmax(1) == wanted.argmax(1)).double().mean().item())
+    noise = (made - wanted).square().sum() / wanted.square().sum()
+    assert last.sqnr_db == pytest.approx(-10 * noise.log10().item(), rel=1e-3)
+
+
+def test_seconds_cover_what_a_run_relied_on() -> None:
+    block, merged = quiesce.quantize(Chain(2), X, small(granularity="loss")).result.runs
+    assert merged.block_seconds > 0
+    assert merged.seconds >= merged.block_seconds
+    assert block.seconds > sum(r.seconds for r in block.unit_records) > 0
+
+
+@pytest.mark.parametrize("granularity", ["block", "loss-descent"])
+def test_analyze_goes_by_modcap_where_losses_are_unknown(granularity: str) -> None:
+    example = Samples((X[:2],))
+    expected = analyze(Chain(2), example, small(granularity="modcap"))
+    assert analyze(Chain(2), example, small(granularity=granularity)) == expected
+
+
+def test_analyze_says_what_quantize_does() -> None:
+    settings = small(granularity="modcap", alpha=2.0, guard=False, layers=[{"pattern": "blocks.0.*", "weight_bits": 8}])
+    found = analyze(Chain(3), Samples((X[:2],)), settings)
+    made = quiesce.quantize(Chain(3), X, settings).result.run
+    assert found.capacities == made.capacities
+    assert found.differentials == made.differentials
+    assert found.merges == made.proposed_merges == [unit for unit in made.units if len(unit) > 1] != []
+
+
+def test_analyze_takes_schemes_and_nearest_recipes() -> None:
+    example = Samples((X[:2],))
+    scheme = small(granularity="scheme", scheme=[["blocks.1", "head"]])
+    assert analyze(Chain(2), example, scheme).merges == [["blocks.1", "head"]]
+    assert analyze(Chain(2), example, small("nearest")).modules == ["stem", "blocks.0", "blocks.1", "head"]
+    with pytest.raises(RecipeError, match="not neighbours"):
+        analyze(Chain(2), example, small(granularity="scheme", scheme=[["blocks.0", "head"]]))

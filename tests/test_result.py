@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from quiesce.errors import FileFormatError, OutputError
-from quiesce.result import Result, Run, UnitRecord
+from quiesce.result import Result, Run, UnitRecord, hardware, versions
 
 
 def result() -> Result:
@@ -44,3 +46,64 @@ def test_a_place_that_can_not_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError):
         result().write(tmp_path / "absent" / "result.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_reader_must_know_comes_with_every_run() -> None:
+    run = json.loads(result().to_json())["runs"][0]
+    documented = {
+        *("preset", "granularity", "weight_bits", "activation_bits", "seed", "top1", "agreement", "sqnr_db"),
+        *("seconds", "units", "module_losses", "peak_loss", "oscillation", "guard"),
+    }
+    assert documented <= set(run)
+    assert run["activation_bits"] is None
+    assert run["unit_records"][1] == {
+        "modules": ["b", "c"],
+        "steps": 20,
+        "seconds": 1.5,
+        "loss_curve": [],
+        "reused": True,
+    }
+
+
+def test_numbers_that_json_lacks_are_not_written(tmp_path: Path) -> None:
+    broken = result()
+    broken.runs[0].peak_loss = float("nan")
+    with pytest.raises(ValueError, match="JSON"):
+        broken.write(tmp_path / "result.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "null", "{}", "[" * 100_000, "\x00", '{"schema": 1}', '{"schema": 1, "runs": [3]}']
+)
+def test_foreign_json_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(FileFormatError, match=r"result\.json"):
+        Result.read(tmp_path / "result.json")
+
+
+@pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(Result)])
+def test_each_missing_entry_is_refused(key: str) -> None:
+    data = json.loads(result().to_json())
+    del data[key]
+    with pytest.raises(FileFormatError):
+        Result.from_dict(data)
+
+
+@pytest.mark.parametrize("damage", [{"new": 1}, {"unit_records": None}, {"unit_records": [{}]}, {"unit_records": 3}])
+def test_a_run_of_another_form_is_refused(damage: dict[str, object]) -> None:
+    data = json.loads(result().to_json())
+    data["runs"][0] |= damage
+    with pytest.raises(FileFormatError):
+        Result.from_dict(data)
+
+
+def test_versions_and_hardware_name_what_decides_the_numbers() -> None:
+    found = versions()
+    assert found["torch"] == torch.__version__
+    assert {"quiesce", "python", "torch", "numpy", "safetensors"} <= set(found)
+    machine = hardware(torch.device("cpu"))
+    assert machine["device"] == "cpu"
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["cpu"]
+    json.dumps(machine, allow_nan=False)

@@ -177,11 +177,39 @@ def test_an_operator_off_the_list_is_refused_before_any_work() -> None:
         quantized(Random(), torch.randn(8, 4))
 
 
+class SelfAttention(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.qkv, self.dropout = nn.Linear(8, 24), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        return nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout)
+
+
+def test_attention_is_saved_without_dropout_only(tmp_path: Path) -> None:
+    network = quantized(SelfAttention(0.0), torch.randn(8, 4, 8))
+    network.save(tmp_path / "net")
+    x = torch.randn(3, 4, 8)
+    assert torch.equal(quiesce.load(tmp_path / "net")(x), network(x))
+    with pytest.raises(ModelError, match="scaled_dot_product_attention"):
+        quantized(SelfAttention(0.5), torch.randn(8, 4, 8))
+    path = tmp_path / "net" / GRAPH_FILE
+    document = json.loads(path.read_text())
+    row = next(r for r in document["nodes"] if r.get("target", "").startswith("aten.scaled_dot"))
+    row["kwargs"] = {"dict": {"dropout_p": 0.5}}
+    path.write_text(json.dumps(document))
+    with pytest.raises(FileFormatError, match="random"):
+        quiesce.load(tmp_path / "net")
+
+
 def test_operators_are_pure() -> None:
     for name, operator in operators().items():
         if name.startswith("aten."):
             assert not operator._schema.is_mutable, name
-            assert torch.Tag.nondeterministic_seeded not in operator.tags, name
+            random = torch.Tag.nondeterministic_seeded in operator.tags
+            # Attention draws random numbers for its dropout only, and is refused with it.
+            assert random == (name == "aten.scaled_dot_product_attention.default"), name
     assert {"aten.conv2d.default", "aten.linear.default", "operator.getitem"} <= set(operators())
 
 

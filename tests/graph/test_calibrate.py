@@ -189,3 +189,21 @@ def test_constant_and_all_zero_tensors_are_kept(method: str) -> None:
     gm = calibrate(placed(capture(dead, images), recipe), images, recipe)
     with torch.no_grad():
         torch.testing.assert_close(gm(*images.args)[0], dead(*images.args))
+
+
+@pytest.mark.parametrize("method", ["minmax", "lp"])
+def test_extremes_are_those_of_all_values_also_when_few_are_sampled(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAMPLED_VALUES", 37)
+    images = torch.rand(37, 3, 8, 8)
+    images[20, 1, 2, 3] = 8.0
+    recipe = nearest(activation_range=method, activation_bits=8)
+    first = quantizers(calibrate(placed(graph(), recipe), Samples((images,)), recipe), ActivationFakeQuantize)[0]
+    highest = first.scale.item() * 255
+    if method == "minmax":
+        assert highest == pytest.approx(8.0)
+    else:
+        # The search shrinks from the outlier on, down to 0.21 of it at most, and has no reason to stop before.
+        shrinks = [8.0 * (1 - 0.01 * step) for step in range(80)]
+        assert min(abs(highest - s) for s in shrinks) < 1e-4 and highest < 4.0

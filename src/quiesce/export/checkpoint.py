@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, fx, nn
 
 from quiesce.errors import FileFormatError, ModelError, QuiesceError
-from quiesce.export.operators import operator_name, operators
+from quiesce.export.operators import draws_random_numbers, operator_name, operators
 from quiesce.graph.capture import Interface, Leaf, interface_of
 from quiesce.outputs import output_folder
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize, fake_quantizers
@@ -276,6 +276,8 @@ def _decode_node(
             if target is None:
                 raise ValueError(f"operator {row['target']!r} is not allowed")
             args, kwargs = _decode(row["args"], nodes), _decode(row["kwargs"], nodes)
+            if draws_random_numbers(target, args, kwargs):
+                raise ValueError(f"{row['target']} draws random numbers")
             return graph.create_node("call_function", target, tuple(args), _known_names(target, kwargs), name=name)
     raise ValueError(f"node kind {row['op']!r} is unknown")
 

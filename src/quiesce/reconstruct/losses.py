@@ -45,7 +45,9 @@ def fisher_weights(
             *taps, logits = module(*fed)
             _check_logits(logits, network)
             if not logits.requires_grad:
-                raise ModelError("Fisher weighting needs floating-point inputs to differentiate by; set fisher = false.")
+                raise ModelError(
+                    "Fisher weighting needs floating-point inputs to differentiate by; set fisher = false."
+                )
             labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
             loss = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
             gradients = torch.autograd.grad(loss, taps, materialize_grads=True)

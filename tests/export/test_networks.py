@@ -1,0 +1,276 @@
+"""Networks of many habits: quantized, saved, loaded, and the same bit for bit."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import quiesce
+from quiesce.errors import ModelError
+from quiesce.export.checkpoint import check_storable
+from quiesce.pipeline import prepare
+from quiesce.quant.fake_quantize import float_mode
+from tiny import images, recipe
+
+
+class Layers(nn.Module):
+    """Layers that the networks below put together."""
+
+    features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.d = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(self.features, 5)
+
+    def maps(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((2, 3)))
+
+
+class Shuffle(Layers):
+    """Channel shuffle, by views and by its operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maps(x)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return self.pooled(F.channel_shuffle(self.d(x), 2))
+
+
+class FlatView(Layers):
+    """A view over channels and positions: it must hold for images with channels last in memory too."""
+
+    features = 8 * 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.d(self.maps(x))
+        return self.head(x.view(x.size(0), -1))
+
+
+class Flatten(Layers):
+    features = 8 * 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.flatten(self.d(self.maps(x)), 1))
+
+
+class Activations(Layers):
+    """Squeeze-and-excitation, hard-swish, SiLU, gates, PReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prelu = nn.PReLU(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.a(x))
+        x = x * F.hardsigmoid(self.b(F.adaptive_avg_pool2d(x, 1)))
+        return self.pooled(self.prelu(F.silu(self.c(x)) * torch.sigmoid(self.d(x))))
+
+
+class Mask(Layers):
+    """A mask of booleans from the input, used behind the layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x.mean(1, keepdim=True) > 0
+        y = self.maps(x)
+        return self.pooled(self.d(torch.where(mask, y, 0.5 * y)))
+
+
+class Index(Layers):
+    """An index from the input, used behind the layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = x.mean(1).flatten(1).argmax(1)
+        return self.pooled(self.d(self.maps(x))) + index[:, None]
+
+
+class Frames(Layers):
+    """Images cut into two that pass as a batch twice as large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.reshape(x.shape[0] * 2, 3, 8, 4)
+        return self.head(self.maps(y).mean((2, 3)).view(x.shape[0], 2, 8).mean(1))
+
+
+class Resize(Layers):
+    """Pool, interpolate to the input's size, concatenate, slice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(self.c(self.b(F.max_pool2d(self.a(x), 2))), size=x.shape[-2:], mode="bilinear")
+        return self.d(torch.cat([y, 2 * y], 1)[:, :8])
+
+
+class InPlace(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y += 1
+        y.relu_()
+        y[:, :4].mul_(2)
+        return self.pooled(self.d(self.b(y)))
+
+
+class Norms(Layers):
+    """Normalizations that can't be folded stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group, self.layer = nn.GroupNorm(2, 8), nn.LayerNorm([8, 8, 8])
+        self.instance = nn.InstanceNorm2d(8, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pooled(self.instance(self.c(self.layer(self.b(self.group(self.a(x)))))))
+
+
+class Transposed(nn.Module):
+    """1-d, transposed, dilated and strided convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv1d(3, 8, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose1d(8, 6, 4, stride=2, groups=2),
+            nn.ReLU6(),
+            nn.Conv1d(6, 6, 3, dilation=2),
+            nn.Softplus(),
+        )
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.flatten(2)).amax(2))
+
+
+class Nested(Layers):
+    """A result of dict, list, tuple, None, a number and a text; two of its tensors are one."""
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.maps(x)
+        logits = self.pooled(y)
+        return {"maps": y, "rest": (None, [logits, 3, logits]), "kind": "nested"}
+
+
+class Ordered(Layers):
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        y = self.maps(x)
+        return OrderedDict(out=self.pooled(y), aux=y)
+
+
+class PassedOn(Layers):
+    """Returns its input too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, self.pooled(self.maps(x))
+
+
+NETWORKS = [
+    Shuffle,
+    FlatView,
+    Flatten,
+    Activations,
+    Mask,
+    Index,
+    Frames,
+    Resize,
+    InPlace,
+    Norms,
+    Transposed,
+    Nested,
+    Ordered,
+    PassedOn,
+]
+
+
+def same(first: Any, second: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_network_is_quantized_and_loads_bit_identical(kind: type[nn.Module], tmp_path: Path) -> None:
+    model = kind().eval()
+    settings = recipe("qdrop-fast", granularity="layer", steps=2, batch_size=4, weight_bits=8, activation_bits=8)
+    network = quiesce.quantize(model, images(12), settings, evaluate=images(6, seed=7))
+    assert network.result.run.sqnr_db is not None and network.result.run.sqnr_db > 10  # W8A8 is close to float
+    loaded = quiesce.load(network.save(tmp_path / "net"))
+    for x in (images(5, seed=2), images(1, seed=3), images(4).contiguous(memory_format=torch.channels_last)):
+        result = network(x)
+        assert same(result, loaded(x))
+        # Mappings of any kind come back as dict; everything else nests as before.
+        assert pytree.tree_structure(loaded(x)) == pytree.tree_structure(_plain(result))
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {k: _plain(v) for k, v in tree.items()}
+    return type(tree)(map(_plain, tree)) if isinstance(tree, list | tuple) else tree
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+@pytest.mark.parametrize("kind", [Mask, Index])
+def test_tensors_without_gradient_are_carried_and_not_compared(kind: type[nn.Module], granularity: str) -> None:
+    settings = recipe("qdrop-fast", granularity=granularity, fisher=True, steps=3)
+    network = quiesce.quantize(kind().eval(), images(12), settings)
+    assert all(loss > 0 for loss in network.result.run.module_losses.values())
+
+
+def test_a_network_that_returns_only_a_choice_has_nothing_to_compare() -> None:
+    class Choice(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pooled(self.maps(x)).argmax(1)
+
+    with pytest.raises(ModelError, match=r"unit .*head.* returns no floating-point tensor"):
+        quiesce.quantize(Choice().eval(), images(12), recipe(granularity="layer"))
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+def test_a_container_that_has_no_form_in_the_file_is_refused_before_any_work() -> None:
+    class Named(Layers):
+        def forward(self, x: Tensor) -> Pair:
+            y = self.maps(x)
+            return Pair(y, self.pooled(y))
+
+    with pytest.raises(ModelError, match=r"takes or returns a Pair, which can't be saved; use tuple, list or dict"):
+        prepare(Named().eval(), images(12), recipe("nearest"))
+
+
+@pytest.mark.parametrize("inputs", ["kwargs", "mixed order"])
+def test_keyword_inputs(inputs: str, tmp_path: Path) -> None:
+    class Scaled(Layers):
+        def forward(self, x: Tensor, *, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+            return self.pooled(self.maps(x)) * scale
+
+    data = {"x": images(12), "scale": torch.rand(12, 1)}
+    batch = data if inputs == "kwargs" else dict(reversed(data.items()))
+    model = Scaled().eval()
+    network = quiesce.quantize(model, [batch], recipe("brecq-fast", weight_bits=8, activation_bits=8))
+    loaded = quiesce.load(network.save(tmp_path / "net"))
+    x, scale = images(3, seed=2), torch.rand(3, 1)
+    assert torch.equal(network(x=x, scale=scale), loaded(scale=scale, x=x))
+    torch.testing.assert_close(loaded(x=x, scale=scale), model(x, scale=scale), rtol=0.1, atol=0.05)
+    with pytest.raises(ModelError, match="captured with other arguments; call it with: 0 positional, "):
+        loaded(x, scale=scale)
+    with pytest.raises(ModelError, match="call it with"):
+        loaded(x=x)
+
+
+def test_a_network_without_float_weights_can_not_be_switched_back(tmp_path: Path) -> None:
+    network = quiesce.quantize(Flatten().eval(), images(12), recipe("nearest"))
+    loaded = quiesce.load(network.save(tmp_path / "net"))
+    with float_mode(loaded.graph_module), pytest.raises(ModelError, match="without float weights"):
+        loaded(images(2))
+    check_storable(loaded.graph_module)
