@@ -41,7 +41,7 @@ def draws_random_numbers(target: Any, args: Sequence[Any], kwargs: Mapping[str, 
     """True for a call with dropout: attention is on the list, and random only if its ``dropout_p`` is above 0."""
     names = [a.name for a in target._schema.arguments] if hasattr(target, "_schema") else []
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return given.get("dropout_p", 0.0) != 0.0
+    return bool(given.get("dropout_p", 0.0) != 0.0)
 
 
 def operator_name(node: fx.Node) -> str:
