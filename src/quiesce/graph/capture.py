@@ -7,9 +7,12 @@ caller's arguments and results nest is kept beside it as :class:`Interface`. Its
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import operator
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +97,26 @@ def _export(model: nn.Module, example: Samples) -> ExportedProgram:
     model.eval()
     try:
         shapes = _dynamic_shapes(model, example)
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             return torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ModelError(_export_message(model, error)) from error
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export from printing the half-traced graph; its reason is in the error."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _dynamic_shapes(model: nn.Module, example: Samples) -> Any:
@@ -123,7 +139,8 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
 
 def _export_message(model: nn.Module, error: Exception) -> str:
     """Name the model's own innermost source line and keep torch's reason."""
-    reason = str(error).strip() or type(error).__name__
+    # The first paragraph says what is wrong; torch's advice on debugging torch follows in the chained error.
+    reason = str(error).strip().split("\n\n")[0] or type(error).__name__
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FRAMES)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     remedy = "change that line" if frames else "change it"
