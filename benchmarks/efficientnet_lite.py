@@ -45,6 +45,7 @@ SMALLEST_SHARE = 1 / 3
 """Of the photograph's shorter side, for the side of a crop; the largest is all of it."""
 LEAST_CONTRAST = 16.0
 """Standard deviation of a crop's grey values, 0-255, below which it is flat and drawn again."""
+METHODS = ("nearest", "brecq", "qdrop", "qdrop + loss")
 CONFIDENT = 0.5
 """Float's top-1 probability from which a crop counts as one that the network recognizes something in."""
 
@@ -191,11 +192,11 @@ def quantize_all(
     for bits in options.activation_bits:
         for seed in options.seeds:
             rows = recipes(bits, options, seed)
-            final = rows["qdrop + loss"]
             # All rows optimize on the same images: those that the guard holds out are held out from all of them.
-            prepared = prepare(model, calibration, final, name=MODEL)
+            prepared = prepare(model, calibration, rows["qdrop + loss"], name=MODEL)
             block = None
-            for name, recipe in rows.items():
+            for name in options.methods:
+                recipe = rows[name]
                 made, done = run(prepared, recipe, block=block)
                 block = done if name == "qdrop" else block
                 quantized = QuantizedModel(prepared.graph, prepared.result(made, recipe), recipe, None)
@@ -260,6 +261,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--labelled", type=Path, help="folder of imagenet_*_LABEL.jpg")
     parser.add_argument("--out", type=Path, default=Path("runs/efficientnet_lite.json"))
     parser.add_argument("--write-crops", type=Path, metavar="FOLDER", help="also store the crops there, as PNG")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME", help=", ".join(METHODS)
+    )
     parser.add_argument("--activation-bits", type=int, nargs="+", default=[8, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the optimization; crops stay the same")
     parser.add_argument("--calibration-crops", type=int, default=512)

@@ -8,7 +8,7 @@ from quiesce.errors import RecipeError
 from quiesce.pipeline import Prepared
 from quiesce.progress import Progress
 from quiesce.recipe import GranularityRecipe
-from quiesce.reconstruct.granular import Outcome, check_granularity, merged_pass, propose
+from quiesce.reconstruct.granular import Outcome, _without, check_granularity, merged_pass, propose
 from tiny import job, recipe
 
 NAMES = [f"m{i}" for i in range(7)]
@@ -111,6 +111,14 @@ def test_loss_descent_tries_no_unit_twice(chain: Prepared) -> None:
     assert outcome.guard is not None
     tried = [tuple(t["modules"]) for t in outcome.guard["trials"]]
     assert len(tried) == len(set(tried)) and {tuple(m) for m in outcome.merges} >= set(tried)
+
+
+def test_a_unit_that_was_taken_back_is_split_again() -> None:
+    parts = [[0], [1, 2], [3], [4], [5, 6]]
+    tried = {(0, 1, 2), (1, 2), (3, 4), (5, 6)}
+    # (0, 1, 2) and (3, 4) were rejected, (1, 2) and (5, 6) accepted; (4, 5, 6) is new.
+    assert _without([[0, 1, 2], [3, 4], [5, 6]], tried, parts) == parts
+    assert _without([[0], [1, 2], [3], [4, 5, 6]], tried, parts) == [[0], [1, 2], [3], [4, 5, 6]]
 
 
 def test_a_high_tolerance_merges_nothing(chain: Prepared) -> None:

@@ -235,6 +235,16 @@ def test_a_merge_at_the_front_reuses_nothing(chain: Prepared) -> None:
     assert not any(r.reused for r in merged.records) and merged.reused_seconds == 0
 
 
+def test_only_a_warm_start_takes_over_more_than_the_units_in_front(chain: Prepared) -> None:
+    """Behind a merge, every unit starts from the calibrated state again, as without a block pass."""
+    groups = [[0], [1, 2], [3], [4], [5]]
+    for warm in (False, True):
+        work = job(chain, recipe(granularity="loss", guard=False, warm_start=warm, steps=8))
+        block = block_pass(work, Progress())
+        merged, fresh = module_pass(work, groups, Progress(), block), module_pass(work, groups, Progress())
+        assert same_state(merged.state, fresh.state) is not warm
+
+
 def test_reused_seconds_are_reported(chain: Prepared) -> None:
     for guard in (True, False):
         scheme = [["blocks.3", "head"]]
