@@ -221,7 +221,7 @@ class Recipe:
         _one_of("backend", self.backend, BACKENDS)
         _check_kinds(self, "")
         _check(self.calibration_batch >= 1, f"calibration_batch is {self.calibration_batch}; give 1 or more.")
-        _check(self.seed >= 0, f"seed is {self.seed!r}; give a whole number from 0.")
+        _check(0 <= self.seed < 2**63, f"seed is {self.seed!r}; give a whole number from 0 to 2^63 − 1.")
         paired = (self.granularity is None) == (self.reconstruction is None)
         _check(paired, "granularity is for reconstruction: give both sections, or neither for nearest rounding.")
 

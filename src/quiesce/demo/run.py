@@ -15,7 +15,7 @@ from quiesce.recipe import Recipe
 from quiesce.report.html import write_report
 from quiesce.result import Result, Run
 
-STEPS = 150
+STEPS = 200
 """Steps a unit, so that all methods together take minutes on two CPU cores; the presets take more."""
 BITS = {"weight_bits": 2, "activation_bits": 4}
 
