@@ -174,7 +174,13 @@ BAD: dict[str, tuple[nn.Module, Any, dict[str, Any], type[QuiesceError], str]] =
     "infinity": (Chain(1), [X, X / 0], {}, DataError, "batch 1"),
     "too few images": (Chain(1), X[:4], {}, DataError, "4 images to optimize on, fewer than a batch of 8"),
     "too few behind the guard": (Chain(2), X[:8], {"granularity": "loss"}, DataError, "7 images to optimize on"),
-    "wrong channels": (Chain(1), torch.randn(24, 5, 8, 8), {}, ModelError, "can't be exported"),
+    "wrong channels": (
+        Chain(1),
+        torch.randn(24, 5, 8, 8),
+        {},
+        ModelError,
+        r"does not run on .*float32 \['N', 5, 8, 8\]",
+    ),
     "ragged batches": (Chain(1), [X, X[:, :, :4]], {}, DataError, "batch 1"),
     "large k": (Chain(2), X, {"granularity": "modcap", "k": 9}, RecipeError, r"k is 9"),
     "unknown module": (
@@ -273,15 +279,15 @@ def test_values_that_the_network_itself_breaks_are_named() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (X.double(), "can't be exported"),
-        (X.int(), "can't be exported"),
-        (X.flatten(1), "can't be exported"),
+        (X.double(), "does not run on the calibration inputs"),
+        (X.int(), "does not run on the calibration inputs"),
+        (X.flatten(1), "does not run on the calibration inputs"),
         ("images", "is a str"),
         (None, "is a NoneType"),
         ([X, {"x": X}], "batch 1"),
         ([[], []], "empty list"),
         ([{"label": Y}], "has no inputs"),
-        ([{"y": X}], "can't be exported"),
+        ([{"y": X}], "does not run on the calibration inputs"),
         (torch.zeros(0, 3, 8, 8), "empty"),
     ],
 )

@@ -6,6 +6,7 @@ caller's arguments and results nest is kept beside it as :class:`Interface`. Its
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 import logging
@@ -100,7 +101,7 @@ def _export(model: nn.Module, example: Samples) -> ExportedProgram:
         with torch.no_grad(), _quiet():
             return torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise ModelError(_export_message(model, error)) from error
+        raise ModelError(_run_message(model, example) or _export_message(model, error)) from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -137,17 +138,40 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     return functional
 
 
+def _run_message(model: nn.Module, example: Samples) -> str:
+    """Say so if the model itself refuses the example, as it does for images of a wrong shape or dtype; else nothing."""
+    try:
+        # A copy, as forward may change buffers.
+        copy.deepcopy(model)(*example.args, **example.kwargs)
+    except Exception as error:
+        tensors = [*example.args, *example.kwargs.values()]
+        forms = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {['N', *t.shape[1:]]}" for t in tensors)
+        return (
+            f"{type(model).__name__} does not run on the calibration inputs ({forms}){_user_line(error)}; "
+            f"give inputs of the shape and dtype that it takes. torch says: {_reason(error)}"
+        )
+    return ""
+
+
 def _export_message(model: nn.Module, error: Exception) -> str:
     """Name the model's own innermost source line and keep torch's reason."""
-    # The first paragraph says what is wrong; torch's advice on debugging torch follows in the chained error.
-    reason = str(error).strip().split("\n\n")[0] or type(error).__name__
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FRAMES)]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
-    remedy = "change that line" if frames else "change it"
+    where = _user_line(error)
+    remedy = "change that line" if where else "change it"
     return (
         f"{type(model).__name__} can't be exported{where}; {remedy} so that torch.export accepts it. "
-        f"torch says: {type(error).__name__}: {reason}"
+        f"torch says: {_reason(error)}"
     )
+
+
+def _user_line(error: Exception) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FRAMES)]
+    return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+
+
+def _reason(error: Exception) -> str:
+    """The first paragraph says what is wrong; torch's advice on debugging torch is in the chained error."""
+    paragraph = str(error).strip().split("\n\n")[0]
+    return f"{type(error).__name__}: {paragraph}" if paragraph else type(error).__name__
 
 
 def _refuse_mutation(program: ExportedProgram) -> None:
