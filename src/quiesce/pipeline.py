@@ -263,16 +263,8 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
 def _captured(model: nn.Module | ExportedProgram, samples: Samples, device: torch.device) -> fx.GraphModule:
     """Capture on at most two samples; a single one is repeated, as a batch of one would be taken for a constant."""
     example = samples.select(slice(0, 2)) if len(samples) > 1 else samples.select(torch.zeros(2, dtype=torch.long))
-    graph = _any_layout(capture(model, example.to(_device_of(model))).to(device))
+    graph = capture(model, example.to(_device_of(model))).to(device)
     _check_captured(graph, samples)
-    return graph
-
-
-def _any_layout(graph: fx.GraphModule) -> fx.GraphModule:
-    """Let the network take any memory layout: a view holds for the layout it was captured with, a reshape for all."""
-    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
-    graph.recompile()
     return graph
 
 

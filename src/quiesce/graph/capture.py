@@ -81,7 +81,7 @@ def capture(model: nn.Module | ExportedProgram, example: Samples) -> fx.GraphMod
     _refuse_mutation(program)
     _refuse_fixed_batch(program)
     gm = _flat_graph(program)
-    for rewrite in (_drop_checks, _whole_batch_norms, _fold_constants, _drop_no_ops, _local_sizes):
+    for rewrite in (_drop_checks, _whole_batch_norms, _fold_constants, _drop_no_ops, _any_layout, _local_sizes):
         rewrite(gm)
     return tidy(gm)
 
@@ -313,6 +313,12 @@ def _drop_no_ops(gm: fx.GraphModule) -> None:
         if no_op:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+
+
+def _any_layout(gm: fx.GraphModule) -> None:
+    """Let the network take any memory layout: a view holds for the layout it was captured with, a reshape for all."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
 
 
 def _local_sizes(gm: fx.GraphModule) -> None:
