@@ -172,8 +172,8 @@ def prepare(
         check_like(evaluation, samples, "evaluation")
         with float_mode(graph):
             reference = _outputs(graph, evaluation, recipe.calibration_batch)
+        # Labels that do not fit are found now, not after hours of work.
         metrics = compare(reference, evaluation.labels, None)
-        compare(reference, evaluation.labels, None)  # labels that do not fit are found now, not after hours of work
     return Prepared(
         graph=graph,
         modules=modules,

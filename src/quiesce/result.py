@@ -106,16 +106,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FileFormatError(
-                f"{path} can't be read ({error.strerror}); give a folder that a run has written."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"{path} is not valid JSON ({error}); it may be truncated, run again.") from error
-        return cls.from_dict(data, str(path))
+        return cls.from_dict(read_json(Path(path)), str(path))
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "result") -> Result:
@@ -130,6 +121,24 @@ class Result:
             raise FileFormatError(
                 f"{where} lacks or garbles the entry {error}; run again to get a whole result."
             ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of one of a run's JSON files.
+
+    Raises:
+        FileFormatError: it can't be read, or is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFormatError(
+            f"{path} can't be read ({error.strerror}); give a folder that a run has written."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(
+            f"{path} is not valid JSON ({error}); it may be truncated, get it again or run again."
+        ) from error
 
 
 def _run(data: dict[str, Any]) -> Run:

@@ -26,7 +26,7 @@ from quiesce.outputs import output_folder
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize, fake_quantizers
 from quiesce.quant.spec import QuantizationSpec
 from quiesce.recipe import Recipe
-from quiesce.result import Result
+from quiesce.result import Result, read_json
 
 FORMAT, VERSION = "quiesce quantized network", 1
 GRAPH_FILE, TENSOR_FILE, RESULT_FILE, RECIPE_FILE = (
@@ -101,7 +101,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         FileFormatError: a file is missing, truncated, of another version, or not one of ours.
     """
     path = folder / GRAPH_FILE
-    document = _read_json(path)
+    document = read_json(path)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise FileFormatError(
             f"{path} is not a quantized network of this program; give a folder that a run has written."
@@ -124,17 +124,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, QuiesceError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise FileFormatError(f"{path} is damaged ({reason}); get the file again or run again.") from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFormatError(
-            f"{path} can't be read ({error.strerror}); give a folder that a run has written."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is not valid JSON ({error}); it may be truncated, get it again.") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

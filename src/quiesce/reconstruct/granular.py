@@ -98,10 +98,9 @@ def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: 
     ``kept`` pass.
     """
     began = time.perf_counter()
-    made = 0.0
+    given_seconds = 0.0 if block is None else block.seconds
     if block is None and (recipe.guard or recipe.method in DATA_DEPENDENT):
         block = block_pass(job, progress)
-        made = block.seconds
     scores = modcap(job.network.gm, job.modules, recipe.alpha)
     if recipe.method in DATA_DEPENDENT and block is not None:
         scores = [loss.absolute for loss in block.losses]
@@ -112,7 +111,7 @@ def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: 
     final, merges, trials = _passes(job, recipe, progress, proposal.groups, block, guard)
     report, kept = _final_comparison(job, guard, trials, final, block)
     restore(job.network.gm, kept.state)
-    seconds = time.perf_counter() - began + (block.seconds if block is not None and not made else 0.0)
+    seconds = time.perf_counter() - began + given_seconds
     names = [[job.modules[i].name for i in group] for group in merges]
     block_seconds = 0.0 if block is None else block.seconds
     return Outcome(kept, seconds, proposal, names, report, block, block_seconds, final.reused_seconds)
