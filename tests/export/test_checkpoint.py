@@ -19,6 +19,7 @@ from quiesce import QuantizedModel, Recipe
 from quiesce.errors import FileFormatError, ModelError, OutputError
 from quiesce.export.checkpoint import GRAPH_FILE, TENSOR_FILE
 from quiesce.export.operators import operators
+from quiesce.graph.capture import TensorForm, interface_of
 
 LOAD = """
 import sys, torch, quiesce
@@ -260,6 +261,16 @@ DAMAGES: dict[str, Damage] = {
     "no outputs": put(lambda d: d, "outputs", None),
     "unknown outputs": put(lambda d: d, "outputs", ["nowhere"]),
     "a broken interface": put(lambda d: d["interface"], "outputs", {"object": 1}),
+    "an output that the graph lacks": put(lambda d: d["interface"], "outputs", {"tensor": 1}),
+    "an input that the graph lacks": put(
+        lambda d: d["interface"], "inputs", {"tuple": [{"tuple": [{"tensor": 1}]}, {"dict": []}]}
+    ),
+    "arguments by numbers": put(
+        lambda d: d["interface"], "inputs", {"tuple": [{"tuple": []}, {"dict": [[1, {"tensor": 0}]]}]}
+    ),
+    "no form of an input": put(lambda d: d["interface"], "forms", []),
+    "a form with a negative size": put(lambda d: d["interface"]["forms"][0], "shape", [None, -3]),
+    "a form of an unknown dtype": put(lambda d: d["interface"]["forms"][0], "dtype", "object"),
     "a broken recipe": put(lambda d: d["recipe"], "seed", "one"),
     "nodes that are none": put(lambda d: d, "nodes", {"op": "call"}),
 }
@@ -314,3 +325,10 @@ def test_tensors_that_do_not_fit_are_refused(change: Callable[[str, Tensor], Ten
     rewrite_tensors(saved, change)
     with pytest.raises(FileFormatError):
         quiesce.load(saved)
+
+
+def test_forms_of_the_inputs_are_kept(varied: QuantizedModel, saved: Path) -> None:
+    forms = interface_of(quiesce.load(saved).graph_module).forms
+    assert forms == interface_of(varied.graph_module).forms == (TensorForm(torch.float32, (None, 3, 8, 8)),)
+    stored = json.loads((saved / GRAPH_FILE).read_text())["interface"]["forms"]
+    assert stored == [{"dtype": "float32", "shape": [None, 3, 8, 8]}]

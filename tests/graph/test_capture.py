@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from quiesce.data import Samples
 from quiesce.errors import ModelError
-from quiesce.graph.capture import capture, interface_of
+from quiesce.graph.capture import TensorForm, capture, interface_of
 from small_nets import CASES, Lambda, OddNames, TwoInputs, VarKwargs, call, captured, conv
 
 IMAGES = Samples((torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),))
@@ -231,3 +231,30 @@ def test_functional_dropout_follows_the_mode_it_is_given() -> None:
     net = Lambda(lambda self, x: F.dropout(self.conv(x), 0.9, training=self.training), conv=conv()).train()
     graph = call(capture(net, IMAGES))
     assert torch.equal(graph(*IMAGES.args), net.conv(*IMAGES.args).detach())
+
+
+def test_forms_of_inputs_leave_the_batch_free() -> None:
+    samples = Samples((torch.randn(2, 3, 8, 8), torch.ones(2, 1, dtype=torch.int64)))
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, n: Tensor) -> Tensor:
+            return x.mean((1, 2, 3))[:, None] * n
+
+    forms = interface_of(capture(Two(), samples)).forms
+    assert forms == (TensorForm(torch.float32, (None, 3, 8, 8)), TensorForm(torch.int64, (None, 1)))
+
+
+def test_forms_of_a_program_leave_free_what_it_leaves_free() -> None:
+    shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC},)
+    program = torch.export.export(nn.Conv2d(3, 4, 3), (torch.randn(2, 3, 8, 8),), dynamic_shapes=shapes)
+    assert interface_of(capture(program, IMAGES)).forms == (TensorForm(torch.float32, (None, 3, None, 8)),)
+
+
+def test_a_program_that_takes_a_number_is_refused() -> None:
+    class Power(nn.Module):
+        def forward(self, x: Tensor, n: int) -> Tensor:
+            return x**n
+
+    program = torch.export.export(Power(), (torch.randn(2, 3), 2), dynamic_shapes={"x": {0: Dim.DYNAMIC}, "n": None})
+    with pytest.raises(ModelError, match=r"input n of the network is no tensor"):
+        capture(program, IMAGES)

@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from quiesce.errors import FileFormatError, ModelError, QuiesceError
 from quiesce.export.operators import draws_random_numbers, operator_name, operators
-from quiesce.graph.capture import Interface, Leaf, interface_of
+from quiesce.graph.capture import Interface, Leaf, TensorForm, interface_of
 from quiesce.outputs import output_folder
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize, fake_quantizers
 from quiesce.quant.spec import QuantizationSpec
@@ -78,10 +79,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
         "version": VERSION,
         **_encode_graph(checkpoint.graph),
         "tensors": {name: _form(tensor) for name, tensor in tensors.items()},
-        "interface": {
-            "inputs": _encode_tree(interface_of(checkpoint.graph).inputs),
-            "outputs": _encode_tree(interface_of(checkpoint.graph).outputs),
-        },
+        "interface": _encode_interface(interface_of(checkpoint.graph)),
         "preprocessing": checkpoint.preprocessing,
         "recipe": checkpoint.recipe.to_dict(),
     }
@@ -115,8 +113,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         _check_tensors(document["tensors"], tensors)
         graph = _decode_graph(document, tensors)
-        interface = document["interface"]
-        graph.meta["interface"] = Interface(_decode_tree(interface["inputs"]), _decode_tree(interface["outputs"]))
+        graph.meta["interface"] = _decode_interface(document["interface"], graph)
         recipe = Recipe.from_dict(document["recipe"])
         return Checkpoint(graph, result, recipe, document["preprocessing"])
     except FileFormatError:
@@ -310,6 +307,36 @@ def _identifier(name: Any) -> str:
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f"{name!r} is not a valid name")
     return name
+
+
+def _encode_interface(interface: Interface) -> dict[str, Any]:
+    forms = [{"dtype": str(f.dtype).removeprefix("torch."), "shape": list(f.shape)} for f in interface.forms]
+    return {"inputs": _encode_tree(interface.inputs), "outputs": _encode_tree(interface.outputs), "forms": forms}
+
+
+def _decode_interface(row: dict[str, Any], graph: fx.GraphModule) -> Interface:
+    """Read the interface, whose tensors must be those that the graph takes and returns."""
+    inputs, outputs = _decode_tree(row["inputs"]), _decode_tree(row["outputs"])
+    args, kwargs = inputs
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict) or not all(isinstance(k, str) for k in kwargs):
+        raise ValueError("the inputs are not positional and named arguments")
+    taken, returned = ([n.index for n in pytree.tree_leaves(t) if isinstance(n, Leaf)] for t in (inputs, outputs))
+    count = len(graph.graph.find_nodes(op="placeholder"))
+    if sorted(taken) != list(range(count)):
+        raise ValueError(f"the arguments hold tensors {taken}, and the graph takes {count}")
+    if not set(returned).issubset(range(len(graph.graph.output_node().args[0]))):  # type: ignore[arg-type]
+        raise ValueError(f"the result holds tensors {returned}, which the graph does not return")
+    forms = tuple(_decode_form(form) for form in row["forms"])
+    if len(forms) != count:
+        raise ValueError(f"{len(forms)} forms of {count} inputs")
+    return Interface(inputs, outputs, forms)
+
+
+def _decode_form(row: dict[str, Any]) -> TensorForm:
+    shape = tuple(row["shape"])
+    if not all(s is None or (type(s) is int and 0 <= s < 2**63) for s in shape):
+        raise ValueError(f"{list(shape)} is not the shape of an input")
+    return TensorForm(_CONSTANTS["dtype"][row["dtype"]], shape)
 
 
 def _encode_tree(tree: Any) -> Any:

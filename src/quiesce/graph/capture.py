@@ -33,6 +33,14 @@ OWN_FRAMES = (str(Path(torch.__file__).parent), __file__, "<")
 
 
 @dataclass(frozen=True)
+class TensorForm:
+    """What an input tensor looks like; None stands for a dimension that is free, as the batch's is."""
+
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
 class Interface:
     """How the caller's arguments and results nest: trees with a :class:`Leaf` at each tensor."""
 
@@ -40,6 +48,8 @@ class Interface:
     """``(args, kwargs)``."""
     outputs: Any
     """The model's result, with constants (None, numbers) where it returns those."""
+    forms: tuple[TensorForm, ...]
+    """One of each input tensor, in the order of the flat inputs."""
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the flat inputs of a call; keyword arguments may come in any order."""
@@ -253,7 +263,14 @@ def _interface(program: ExportedProgram, outputs: list[Any], placeholders: list[
     inputs = pytree.tree_unflatten([Leaf(i) for i in range(len(placeholders))], in_spec)
     places = iter(range(len(outputs)))
     leaves = [Leaf(next(places)) if isinstance(n, fx.Node) else n for n in outputs]
-    return Interface(inputs, pytree.tree_unflatten(leaves, out_spec))
+    return Interface(inputs, pytree.tree_unflatten(leaves, out_spec), tuple(_form(node) for node in placeholders))
+
+
+def _form(placeholder: fx.Node) -> TensorForm:
+    value = placeholder.meta.get("val")
+    if not isinstance(value, Tensor):
+        raise ModelError(f"input {placeholder.name} of the network is no tensor; export it with tensors only.")
+    return TensorForm(value.dtype, tuple(s if isinstance(s, int) else None for s in value.shape))
 
 
 def _drop_checks(gm: fx.GraphModule) -> None:
