@@ -68,7 +68,12 @@ def output_folder(path: Path, *, force: bool) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that it is whole or not there.
+    """Write a text file in UTF-8 as :func:`write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file aside and rename it, so that it is whole or not there.
 
     Raises:
         OutputError: it can't be written; nothing is left behind.
@@ -76,7 +81,7 @@ def write_text(path: Path, text: str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
