@@ -72,6 +72,21 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def check_new(path: Path, force: bool) -> None:
+    """Check, before any work, that a file may be written to ``path``.
+
+    Raises:
+        OutputError: ``path`` is a folder, or there is a file and ``force`` is not set, or its folder is not there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file in it.")
+    if path.exists() and not force:
+        raise OutputError(f"file {path} is there already; choose another name, or replace it with --force.")
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"folder {path.resolve().parent} is not there; make it, or choose another place.")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file aside and rename it, so that it is whole or not there.
 
