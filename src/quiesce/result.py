@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quiesce.errors import FileFormatError
+from quiesce.files import read_json
 from quiesce.outputs import write_text
 
 SCHEMA = 1
@@ -121,24 +122,6 @@ class Result:
             raise FileFormatError(
                 f"{where} lacks or garbles the entry {error}; run again to get a whole result."
             ) from error
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of one of a run's JSON files.
-
-    Raises:
-        FileFormatError: it can't be read, or is not valid JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFormatError(
-            f"{path} can't be read ({error.strerror}); give a folder that a run has written."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(
-            f"{path} is not valid JSON ({error}); it may be truncated, get it again or run again."
-        ) from error
 
 
 def _run(data: dict[str, Any]) -> Run:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,69 +39,90 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def put_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    (folder / TENSOR_FILE).write_bytes(save(tensors))
+    """Write other tensors, and the graph file as one that was written with them."""
+    data = save(tensors)
+    (folder / TENSOR_FILE).write_bytes(data)
+    document = json.loads((folder / GRAPH_FILE).read_text())
+    document["tensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / GRAPH_FILE).write_text(json.dumps(document))
 
 
 def test_the_file_holds_no_parameter_of_a_quantized_weight(saved: Path) -> None:
     float_shapes = {tuple(p.shape) for n, p in Chain(1).named_parameters() if p.ndim > 1}
     stored = tensors_of(saved)
     assert not [n for n, t in stored.items() if t.is_floating_point() and tuple(t.shape) in float_shapes]
-    integers = {n: t for n, t in stored.items() if n.endswith(".quantized")}
-    assert {tuple(t.shape) for t in integers.values()} == float_shapes
     rows = json.loads((saved / GRAPH_FILE).read_text())["quantizers"]
-    for name, tensor in integers.items():
-        bits = rows[name.removesuffix(".quantized")]["bits"]
-        assert tensor.dtype == torch.uint8 and int(tensor.max()) < 2**bits
-        assert bits == (8 if "stem" in name or "head" in name else 2)
-
-
-def test_the_graph_lists_every_tensor_with_its_form(saved: Path) -> None:
-    listed = json.loads((saved / GRAPH_FILE).read_text())["tensors"]
-    found = tensors_of(saved)
-    assert listed.keys() == found.keys()
-    assert listed["stem_weight_quantizer.quantized"] == {"dtype": "uint8", "shape": [8, 3, 3, 3]}
+    weights = {n: row for n, row in rows.items() if row["kind"] == "weight"}
+    assert {tuple(row["shape"]) for row in weights.values()} == float_shapes
+    for name, row in weights.items():
+        packed, bits = stored[f"{name}.quantized"], 8 if "stem" in name or "head" in name else 2
+        assert row["bits"] == bits
+        assert packed.dtype == torch.uint8 and packed.shape == (-(-math.prod(row["shape"]) * bits // 8),)
+        assert stored[f"{name}.zero_point"].dtype == torch.uint8
 
 
 def test_each_missing_tensor_is_refused(original: Path, saved: Path) -> None:
     whole = tensors_of(original)
     for name in whole:
         put_tensors(saved, {n: t for n, t in whole.items() if n != name})
-        with pytest.raises(FileFormatError, match=rf"tensor {name} is None"):
+        with pytest.raises(FileFormatError, match=rf"damaged .*{name}"):
             quiesce.load(saved)
 
 
-def test_each_tensor_of_another_shape_or_type_is_refused(original: Path, saved: Path) -> None:
+def test_each_quantizers_tensor_of_another_shape_or_type_is_refused(original: Path, saved: Path) -> None:
     whole = tensors_of(original)
-    for name, tensor in whole.items():
-        for changed in (torch.cat([tensor.flatten(), tensor.flatten()]), tensor.to(torch.float64)):
+    quantizers = {n: t for n, t in whole.items() if "quantizer" in n}
+    assert {n.rpartition(".")[2] for n in quantizers} == {"quantized", "scale", "zero_point"}
+    for name, tensor in quantizers.items():
+        for changed in (torch.cat([tensor.flatten(), tensor.flatten()]), tensor.to(torch.int32)):
             put_tensors(saved, {**whole, name: changed})
-            with pytest.raises(FileFormatError, match=rf"tensor {name} is"):
+            with pytest.raises(FileFormatError, match=r"integers of \d bits are|(scale|zero point) of "):
                 quiesce.load(saved)
+
+
+def test_tensors_of_another_network_or_with_a_flipped_bit_are_refused(original: Path, saved: Path) -> None:
+    data = bytearray((original / TENSOR_FILE).read_bytes())
+    data[-1] ^= 1
+    (saved / TENSOR_FILE).write_bytes(data)
+    with pytest.raises(FileFormatError, match=rf"{TENSOR_FILE} is not the one that {GRAPH_FILE} was written with"):
+        quiesce.load(saved)
 
 
 def test_an_additional_tensor_is_refused(original: Path, saved: Path) -> None:
     put_tensors(saved, {**tensors_of(original), "payload": torch.zeros(3)})
-    with pytest.raises(FileFormatError, match="tensor payload"):
+    with pytest.raises(FileFormatError, match="reads tensor payload"):
         quiesce.load(saved)
 
 
-def test_integers_that_the_bits_do_not_hold_are_refused(original: Path, saved: Path) -> None:
+def test_zero_points_that_the_bits_do_not_hold_are_refused(original: Path, saved: Path) -> None:
     whole = tensors_of(original)
-    name = next(n for n in whole if n.startswith("blocks") and n.endswith(".quantized"))
+    name = next(n for n in whole if n.startswith("blocks") and n.endswith("weight_quantizer.zero_point"))
     put_tensors(saved, {**whole, name: torch.full_like(whole[name], 4)})
-    with pytest.raises(FileFormatError, match="integers that 2 bits do not hold"):
+    with pytest.raises(FileFormatError, match=r"zero point of .* is larger than 2 bits hold"):
         quiesce.load(saved)
+
+
+def test_a_shape_of_enormous_size_allocates_nothing(saved: Path) -> None:
+    document = json.loads((saved / GRAPH_FILE).read_text())
+    row = next(q for q in document["quantizers"].values() if q["kind"] == "weight")
+    for shape in ([2**40, 2**20], [0, 2**50], [2**50, 0]):
+        row["shape"] = shape
+        (saved / GRAPH_FILE).write_text(json.dumps(document))
+        with pytest.raises(FileFormatError, match="damaged"):
+            quiesce.load(saved)
 
 
 def test_files_of_two_networks_do_not_mix(saved: Path, tmp_path: Path) -> None:
     other = quiesce.quantize(Chain(1, channels=6), images(8), recipe("nearest")).save(tmp_path / "other")
     (saved / TENSOR_FILE).write_bytes((other / TENSOR_FILE).read_bytes())
-    with pytest.raises(FileFormatError, match="tensor"):
+    with pytest.raises(FileFormatError, match="not the one that"):
         quiesce.load(saved)
 
 
 @pytest.mark.parametrize("file", [GRAPH_FILE, RESULT_FILE])
-@pytest.mark.parametrize("text", ["[]", "null", "{}", "3", '"x"', "[" * 100_000, "{" * 3, "\x00", '{"schema": 2}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "{}", "3", '"x"', "[" * 100_000, "[" * 70 + "]" * 70, "{" * 3, "\x00", '{"schema": 2}']
+)
 def test_foreign_json_is_refused(file: str, text: str, saved: Path) -> None:
     (saved / file).write_text(text)
     with pytest.raises(FileFormatError):
