@@ -17,7 +17,9 @@ import typer
 
 from quiesce import Recipe, Result
 from quiesce.cli import app
+from quiesce.graph.backends import BACKENDS
 from quiesce.oscillation.schemes import published_schemes
+from quiesce.recipe import BACKENDS as BACKEND_DEMANDS
 from quiesce.recipe import (
     PRESETS,
     ActivationRecipe,
@@ -100,6 +102,20 @@ def test_toml_of_the_recipe_page_is_a_recipe(tmp_path: Path) -> None:
     recipe = Recipe.from_toml(tmp_path / "recipe.toml")
     assert recipe.reconstruction is not None and recipe.reconstruction.drop_prob == 0.5
     assert recipe.layers[0].pattern == "features.1*"
+
+
+def test_backends_and_their_demands_are_those_of_the_page() -> None:
+    first, second = read("docs/backends.md").split("| Backend |")[1:]
+    biases = {names(name)[0]: bias for name, _, bias in list(rows(f"| Backend |{first}"))}
+    assert biases == {n: "integer" if b.integer_bias else "float" for n, b in BACKENDS.items()}
+    demands = dict(rows(f"| Backend |{second.partition('## ')[0]}"))
+    assert [names(n)[0] for n in demands] == list(BACKEND_DEMANDS)
+    for name, written in demands.items():
+        wanted = BACKEND_DEMANDS[names(name)[0]]
+        bits = {key for key in wanted if key.endswith("bits")}
+        assert bool(bits) == ("8 bits everywhere" in written) and {wanted[key] for key in bits} <= {8}
+        given = dict(setting.split(" = ") for setting in names(written))
+        assert {k: v == "true" for k, v in given.items()} == {k: v for k, v in wanted.items() if k not in bits}
 
 
 def test_python_of_the_recipe_page_runs() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from quiesce.errors import RecipeError
 from quiesce.recipe import (
+    BACKENDS,
     PRESETS,
     ActivationRecipe,
     GranularityRecipe,
@@ -184,6 +185,94 @@ class TestValues:
     def test_the_same_at_the_top(self, name: str, value: Any) -> None:
         with pytest.raises(RecipeError):
             Recipe.from_dict({name: value})
+
+
+class TestBackends:
+    """A backend brings what it demands; what contradicts it is refused."""
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_brings_its_settings_whatever_the_way_it_is_chosen(self, backend: str, tmp_path: Path) -> None:
+        recipe = Recipe.preset("qdrop", backend=backend)
+        for key, value in BACKENDS[backend].items():
+            section, name = key.split(".")
+            assert getattr(getattr(recipe, section), name) == value
+        assert Recipe.preset("qdrop").with_settings(backend=backend) == recipe
+        assert from_toml(f'preset = "qdrop"\nbackend = "{backend}"', tmp_path) == recipe
+        assert from_toml(recipe.to_toml(), tmp_path) == recipe
+        assert Recipe.from_dict({"backend": backend, "weights": {"range": "minmax"}}) == Recipe().with_settings(
+            backend=backend, weight_range="minmax"
+        )
+
+    def test_brings_nothing_else(self) -> None:
+        plain, recipe = Recipe.preset("qdrop"), Recipe.preset("qdrop", backend="onnxruntime")
+        assert recipe == dataclasses.replace(
+            plain, backend="onnxruntime", weights=dataclasses.replace(plain.weights, symmetric=True)
+        )
+
+    @pytest.mark.parametrize(
+        ("backend", "settings", "message"),
+        [
+            ("onnxruntime", {"weight_symmetric": False}, "weights.symmetric is false, .*'onnxruntime' demands true"),
+            ("onnxruntime", {"activation_symmetric": True}, "activations.symmetric is true, .* demands false; give"),
+            ("openvino", {"weights.symmetric": False}, "weights.symmetric is false, and backend 'openvino'"),
+            (
+                "tensorrt",
+                {"weight_bits": 4},
+                "weights.bits is 4, and backend 'tensorrt' demands 8; give that, or leave",
+            ),
+            ("tensorrt", {"activation_bits": None}, "activations.bits is float, .* demands 8"),
+            ("tensorrt", {"activation_bits": 7}, "activations.bits is 7, .* demands 8"),
+            ("tensorrt", {"weight_first_last_bits": 6}, "weights.first_last_bits is 6"),
+            ("tensorrt", {"activation_second_layer_bits": 4}, "activations.second_layer_bits is 4"),
+            ("tensorrt", {"layers": [{"pattern": "fc", "weight_bits": 4}]}, r"layers\['fc'\].weight_bits is 4"),
+            ("tensorrt", {"layers": [{"pattern": "fc", "activation_bits": 4}]}, r"layers\['fc'\].activation_bits is 4"),
+        ],
+    )
+    def test_a_contradiction_is_refused(
+        self, backend: str, settings: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(RecipeError, match=message):
+            Recipe.preset("qdrop", backend=backend, **settings)
+        with pytest.raises(RecipeError, match=message):
+            Recipe.preset("qdrop", backend=backend).with_settings(**settings)
+
+    def test_what_was_changed_before_is_not_changed_again(self) -> None:
+        with pytest.raises(RecipeError, match=r"weights.bits is 2"):
+            Recipe.preset("qdrop", weight_bits=2).with_settings(backend="tensorrt")
+        with pytest.raises(RecipeError, match=r"activations.symmetric is true"):
+            Recipe.preset("qdrop", activation_symmetric=True).with_settings(backend="onnxruntime")
+
+    def test_in_a_file(self, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match=r"weights.symmetric is false"):
+            from_toml('preset = "qdrop"\nbackend = "onnxruntime"\n[weights]\nsymmetric = false', tmp_path)
+        with pytest.raises(RecipeError, match=r"weights.bits is 4"):
+            from_toml('backend = "tensorrt"\n[weights]\nbits = 4', tmp_path)
+
+    def test_eight_bits_by_name_are_no_contradiction(self) -> None:
+        layers = [{"pattern": "fc", "weight_bits": 8, "activation_bits": 8}]
+        recipe = Recipe.preset(
+            "qdrop", backend="tensorrt", weight_bits=8, activation_second_layer_bits=8, layers=layers
+        )
+        assert recipe.weights.bits == 8
+
+
+class TestPowersOfTwo:
+    def test_a_learned_step_size_is_none(self) -> None:
+        with pytest.raises(RecipeError, match=r"power_of_two is true.*set reconstruction.learn_step_sizes = false"):
+            Recipe.preset("qdrop", activation_power_of_two=True)
+
+    @pytest.mark.parametrize(
+        ("preset", "settings"),
+        [
+            ("nearest", {}),
+            ("adaround", {}),
+            ("qdrop", {"learn_step_sizes": False}),
+            ("qdrop", {"activation_bits": None}),
+        ],
+    )
+    def test_without_learning_they_are_fine(self, preset: str, settings: dict[str, Any]) -> None:
+        recipe = Recipe.preset(preset, activation_power_of_two=True, weight_power_of_two=True, **settings)
+        assert recipe.weights.power_of_two and recipe.activations.power_of_two
 
 
 class TestToml:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
-from quiesce.recipe import GRANULARITIES, PRESETS, Recipe
+from quiesce.recipe import BACKENDS, GRANULARITIES, PRESETS, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,10 @@ Preset = Annotated[
 ]
 WeightBits = Annotated[int | None, _option("Bits of weights, 2-8.", "N", panel=_RECIPE, show_default="4")]
 ActivationBits = Annotated[str | None, _option("Bits of activations, 2-8.", "N|float", panel=_RECIPE, show_default="4")]
+BackendName = Annotated[
+    str | None,
+    _option(f"What is quantized where: {', '.join(BACKENDS)}.", "NAME", panel=_RECIPE, show_default="academic"),
+]
 Granularity = Annotated[
     str | None,
     _option(
@@ -160,6 +164,7 @@ def quantize(
     recipe: RecipeFile = None,
     weight_bits: WeightBits = None,
     activation_bits: ActivationBits = None,
+    backend: BackendName = None,
     granularity: Granularity = None,
     steps: Steps = None,
     seed: RecipeSeed = None,
@@ -188,6 +193,7 @@ def quantize(
         settings or [],
         weight_bits=weight_bits,
         activation_bits=activation_bits,
+        backend=backend,
         granularity=granularity,
         steps=steps,
         seed=seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -13,7 +13,20 @@ from typing import Any, get_args, get_origin, get_type_hints
 from quiesce.errors import RecipeError, nearest_name
 
 RANGES = ("minmax", "percentile", "lp")
-BACKENDS = ("academic",)
+BACKENDS: dict[str, dict[str, Any]] = {
+    "academic": {},
+    "onnxruntime": {"weights.symmetric": True, "activations.symmetric": False},
+    "openvino": {"weights.symmetric": True},
+    "tensorrt": {
+        "weights.bits": 8,
+        "weights.first_last_bits": 8,
+        "weights.symmetric": True,
+        "activations.bits": 8,
+        "activations.first_last_bits": 8,
+        "activations.symmetric": True,
+    },
+}
+"""Backends by name, and the settings that each demands."""
 ROUNDING_NAMES = ("adaround",)
 GRANULARITIES = ("layer", "block", "modcap", "loss", "loss-descent", "log-ratio", "scheme")
 
@@ -23,8 +36,8 @@ def _check(condition: bool, message: str) -> None:
         raise RecipeError(message)
 
 
-def _one_of(setting: str, value: Any, known: tuple[str, ...]) -> None:
-    _check(value in known, f"{setting} {value!r} is unknown.{nearest_name(value, known)}")
+def _one_of(setting: str, value: Any, known: Collection[str]) -> None:
+    _check(isinstance(value, str) and value in known, f"{setting} {value!r} is unknown.{nearest_name(value, known)}")
 
 
 def _bits(setting: str, value: Any) -> None:
@@ -72,6 +85,8 @@ class WeightRecipe:
     symmetric: bool = False
     per_channel: bool = True
     """One scale per output channel; False is one per tensor."""
+    power_of_two: bool = False
+    """Scales are powers of two, so that rescaling is a shift."""
     range: str = "lp"
     """How the clipping range is found: minmax, percentile, or lp (L_p search, p = 2.4 as in the references)."""
 
@@ -93,6 +108,8 @@ class ActivationRecipe:
     second_layer_bits: int | None = None
     """Bits of the second weight layer's input: BRECQ keeps 8, QDrop does not (None: like all others)."""
     symmetric: bool = False
+    power_of_two: bool = False
+    """As for weights; such a scale can't be learned."""
     range: str = "lp"
     percentile: float = 99.99
     """Share of values inside the range, in per cent, when range is percentile."""
@@ -224,6 +241,29 @@ class Recipe:
         _check(0 <= self.seed < 2**63, f"seed is {self.seed!r}; give a whole number from 0 to 2^63 − 1.")
         paired = (self.granularity is None) == (self.reconstruction is None)
         _check(paired, "granularity is for reconstruction: give both sections, or neither for nearest rounding.")
+        learned = self.reconstruction is not None and self.reconstruction.learn_step_sizes
+        _check(
+            not (learned and self.activations.power_of_two and self.activations.bits is not None),
+            "activations.power_of_two is true, and a step size that is learned is no power of two; "
+            "set reconstruction.learn_step_sizes = false.",
+        )
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        for key, wanted in BACKENDS[self.backend].items():
+            section, name = key.split(".")
+            values = {key: getattr(getattr(self, section), name)}
+            if name == "bits":
+                flat = f"{section.removesuffix('s')}_bits"
+                values |= {f"layers[{o.pattern!r}].{flat}": getattr(o, flat) or wanted for o in self.layers}
+            if key == "activations.bits":
+                values["activations.second_layer_bits"] = self.activations.second_layer_bits or wanted
+            for setting, value in values.items():
+                _check(
+                    value == wanted,
+                    f"{setting} is {_shown(value)}, and backend {self.backend!r} demands {_shown(wanted)}; "
+                    "give that, or leave the setting out when you choose the backend, or take another one.",
+                )
 
     @classmethod
     def preset(cls, preset: str, **settings: Any) -> Recipe:
@@ -231,7 +271,8 @@ class Recipe:
 
         Settings are named ``weight_*``, ``activation_*`` (``weight_bits``, ``activation_symmetric``, …),
         ``granularity`` (the method's name), or by any field of the granularity, reconstruction or recipe itself;
-        or as in a recipe file, by section and key (``granularity.k``).
+        or as in a recipe file, by section and key (``granularity.k``). A ``backend`` brings the settings that it
+        demands (:data:`BACKENDS`), where nothing else is given for them.
 
         Raises:
             RecipeError: an unknown preset or setting (the nearest name is given), or a value out of range.
@@ -247,6 +288,9 @@ class Recipe:
             section, name = _locate(key)
             changes.setdefault(section, {})[name] = _value(section, name, value)
         top = changes.pop("", {})
+        for section, demanded in _demanded(top.get("backend")).items():
+            missing = {name: v for name, v in demanded.items() if _is_default(getattr(self, section), name)}
+            changes[section] = missing | changes.get(section, {})
         for section, values in changes.items():
             part = getattr(self, section)
             if part is None:
@@ -259,6 +303,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Build a recipe from nested plain data; keys left out take their defaults, unknown keys are errors."""
+        if isinstance(data, Mapping):
+            data = _overlay(_demanded(data.get("backend")), data)
         recipe: Recipe = _build(cls, data, "recipe")
         return recipe
 
@@ -279,7 +325,8 @@ class Recipe:
             raise RecipeError(f"recipe file {path} is not valid TOML: {error}.") from error
         preset = data.pop("preset", None)
         if preset is not None:
-            data = _overlay(cls.preset(preset).to_dict(), data)
+            base = _overlay(cls.preset(preset).to_dict(), _demanded(data.get("backend")))
+            data = _overlay(base, data)
         return cls.from_dict(data)
 
     def to_toml(self) -> str:
@@ -295,6 +342,24 @@ _SECTIONS: dict[str, type] = {
 }
 # None in a nullable setting, as it is written in TOML, which has no null.
 _NULL_WORDS = {("activations", "bits"): "float"}
+
+
+def _demanded(backend: Any) -> dict[str, Any]:
+    """Return what ``backend`` demands, by section and key: nothing for a name that is checked later, or for None."""
+    nested: dict[str, Any] = {}
+    for key, value in (BACKENDS.get(backend, {}) if isinstance(backend, str) else {}).items():
+        section, name = key.split(".")
+        nested.setdefault(section, {})[name] = value
+    return nested
+
+
+def _is_default(part: Any, name: str) -> bool:
+    return bool(getattr(part, name) == getattr(type(part)(), name))
+
+
+def _shown(value: Any) -> str:
+    """A value as in a recipe file."""
+    return "float" if value is None else _toml_value(value)
 
 
 def _locate(key: str) -> tuple[str, str]:

@@ -114,6 +114,16 @@ def test_weight_ranges_are_those_computed_by_hand(method: str, per_channel: bool
         assert differing < 0.02, "more than ties are rounded otherwise"
 
 
+@pytest.mark.parametrize("method", ["minmax", "percentile", "lp"])
+@pytest.mark.parametrize(("weights", "activations"), [(True, False), (False, True)])
+def test_scales_are_powers_of_two_where_asked(weights: bool, activations: bool, method: str) -> None:
+    recipe = nearest(weight_bits=3, activation_bits=3, weight_range=method, activation_range=method)
+    gm = calibrated(recipe.with_settings(weight_power_of_two=weights, activation_power_of_two=activations))
+    for kind, wanted in ((WeightFakeQuantize, weights), (ActivationFakeQuantize, activations)):
+        exponents = torch.cat([q.scale.reshape(-1) for q in quantizers(gm, kind)]).log2()
+        assert bool((exponents == exponents.round()).all()) == wanted
+
+
 def test_a_transposed_convolution_has_ranges_per_output_channel() -> None:
     recipe = nearest(weight_range="minmax")
     case = CASES["transposed 2d"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from quiesce.quant.functional import fake_quantize
-from quiesce.quant.ranges import find_range, lp_range, minmax_range, percentile_range, scale_and_zero_point
+from quiesce.quant.ranges import (
+    find_range,
+    lp_range,
+    minmax_range,
+    next_power_of_two,
+    percentile_range,
+    scale_and_zero_point,
+)
 from quiesce.quant.spec import QuantizationSpec
 
 SPECS = [QuantizationSpec(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
@@ -76,6 +84,59 @@ class TestScaleAndZeroPoint:
         scale, zero_point = scale_and_zero_point(*minmax_range(x[None]), spec)
         got = fake_quantize(x, scale[0], zero_point[0], spec.quant_min, spec.quant_max)
         torch.testing.assert_close(got, x)
+
+
+class TestPowersOfTwo:
+    @given(bounds, bounds, specs)
+    @example(0.0, 0.0, QuantizationSpec(4))
+    @example(0.0, 2.0**-149, QuantizationSpec(8))
+    @example(-(2.0**60), 2.0**60, QuantizationSpec(2, symmetric=True))
+    @example(0.0, 3.0, QuantizationSpec(2))
+    def test_the_scale_is_the_next_one_and_the_range_is_covered(
+        self, a: float, b: float, spec: QuantizationSpec
+    ) -> None:
+        low, high = torch.tensor([min(a, b)]), torch.tensor([max(a, b)])
+        plain, _ = scale_and_zero_point(low, high, spec)
+        scale, zero_point = scale_and_zero_point(low, high, spec, power_of_two=True)
+        assert math.frexp(scale.item())[0] == 0.5, "the scale is no power of two"
+        assert plain.item() <= scale.item() < 2 * plain.item()
+        assert zero_point == zero_point.round() and spec.quant_min <= zero_point <= spec.quant_max
+        slack = (0 if spec.symmetric else 0.5) + 1e-4
+        lowest, highest = ((q - zero_point.item()) * scale.item() for q in (spec.quant_min, spec.quant_max))
+        assert lowest <= low.item() + slack * scale.item()
+        assert highest >= high.item() - slack * scale.item()
+
+    @pytest.mark.parametrize("exponent", [-60, -3, 0, 1, 50])
+    def test_a_power_of_two_is_itself(self, exponent: int) -> None:
+        at, above = (
+            torch.tensor([2.0**exponent]),
+            torch.nextafter(torch.tensor([2.0**exponent]), torch.tensor(torch.inf)),
+        )
+        assert next_power_of_two(at).item() == 2.0**exponent
+        assert next_power_of_two(above).item() == 2.0 ** (exponent + 1)
+        assert next_power_of_two(above.double()).item() == 2.0 ** (exponent + 1)
+
+    @pytest.mark.parametrize("spec", SPECS, ids=str)
+    def test_the_search_takes_the_best_power(self, spec: QuantizationSpec) -> None:
+        """Against all powers of two, on rows with outliers, so that the widest range is not always the best."""
+        x = np.random.default_rng(1).standard_t(3, size=(6, 300))
+        rows = torch.from_numpy(x)
+        low, high = lp_range(rows, spec, power_of_two=True)
+        scale, zero_point = scale_and_zero_point(low, high, spec, power_of_two=True)
+        widest, _ = scale_and_zero_point(*minmax_range(rows), spec, power_of_two=True)
+        assert (torch.log2(scale) == torch.log2(scale).round()).all()
+        for i, row in enumerate(rows):
+            error = _power_error(row, scale[i], zero_point[i], spec)
+            for factor in (1.0, 0.5):
+                lo, hi = row.min() * factor, row.max() * factor
+                one, zero = scale_and_zero_point(lo[None], hi[None], spec, power_of_two=True)
+                assert error <= _power_error(row, one[0], zero[0], spec) * (1 + 1e-9)
+        assert spec.bits > 4 or (scale < widest).any(), "nothing was clipped, so the search is not tested"
+
+
+def _power_error(row: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantizationSpec) -> float:
+    got = fake_quantize(row, scale, zero_point, spec.quant_min, spec.quant_max)
+    return float((row - got).abs().pow(2.4).mean())
 
 
 class TestMinmax:

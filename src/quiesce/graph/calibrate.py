@@ -42,8 +42,9 @@ def calibrate(gm: fx.GraphModule, samples: Samples, recipe: Recipe) -> fx.GraphM
 def _set_weight(quantizer: WeightFakeQuantize, weight: Tensor, recipe: Recipe) -> None:
     ch_axis = quantizer.spec.ch_axis
     rows = weight.reshape(1, -1) if ch_axis is None else weight.movedim(ch_axis, 0).reshape(weight.shape[ch_axis], -1)
-    low, high = find_range(rows, quantizer.spec, recipe.weights.range)
-    scale, zero_point = scale_and_zero_point(low, high, quantizer.spec)
+    settings = recipe.weights
+    low, high = find_range(rows, quantizer.spec, settings.range, power_of_two=settings.power_of_two)
+    scale, zero_point = scale_and_zero_point(low, high, quantizer.spec, settings.power_of_two)
     quantizer.set_parameters(scale.view(quantizer.scale.shape), zero_point.view(quantizer.scale.shape), weight)
 
 
@@ -69,10 +70,10 @@ class _Observer:
         low, high = minmax_range(torch.cat(self.extremes).unsqueeze(0))
         rows = torch.cat(self.values).unsqueeze(0)
         if settings.range == "lp":
-            low, high = lp_range(rows, spec, low, high)
+            low, high = lp_range(rows, spec, low, high, settings.power_of_two)
         elif settings.range == "percentile":
             low, high = percentile_range(rows, settings.percentile)
-        scale, zero_point = scale_and_zero_point(low, high, spec)
+        scale, zero_point = scale_and_zero_point(low, high, spec, settings.power_of_two)
         return scale[0], zero_point[0]
 
 

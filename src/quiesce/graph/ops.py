@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 aten = torch.ops.aten
 
@@ -38,6 +38,37 @@ WEIGHT_OPS = {
     aten.conv_transpose2d.input: WeightOp("conv_transpose2d", 1, 2, True, groups_position=6),
     aten.conv_transpose3d.input: WeightOp("conv_transpose3d", 1, 3, True, groups_position=6),
 }
+
+AVERAGE_POOLS = frozenset(
+    {
+        aten.avg_pool1d.default,
+        aten.avg_pool2d.default,
+        aten.avg_pool3d.default,
+        aten.adaptive_avg_pool1d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten.adaptive_avg_pool3d.default,
+        aten.mean.dim,
+    }
+)
+"""Average pools, a mean over all spatial axes among them (see :func:`operands`)."""
+
+PASS_OPS = frozenset(
+    {
+        aten.max_pool1d.default,
+        aten.max_pool2d.default,
+        aten.max_pool3d.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.slice.Tensor,
+        aten.clone.default,
+    }
+)
+"""Operators whose values are all values of their first argument."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +120,7 @@ def is_weight_op(node: fx.Node) -> bool:
 
 
 def input_node(node: fx.Node) -> fx.Node:
-    """The tensor a weight op is applied to."""
+    """The tensor that an operator is applied to: its first argument."""
     found = node.args[0] if node.args else node.kwargs["input"]
     assert isinstance(found, fx.Node)
     return found
@@ -100,3 +131,55 @@ def weight_node(node: fx.Node) -> fx.Node:
     found = argument(node, WEIGHT_OPS[node.target].weight, "weight", None)  # type: ignore[index]
     assert isinstance(found, fx.Node)
     return found
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that an addition, product, concat or pool computes on.
+
+    There are none when one of them is a number or a constant, or for a mean that is not over all spatial axes: no
+    runtime computes these on integers.
+    """
+    if node.target is aten.mean.dim and not _is_spatial(node):
+        return []
+    found: list[Any] = list(node.args[:2] if node.target in (aten.add.Tensor, aten.mul.Tensor) else node.args[:1])
+    found = list(found[0]) if isinstance(found[0], list | tuple) else found
+    computed = all(isinstance(n, fx.Node) and n.op != "get_attr" and is_real(n) for n in found)
+    return list(dict.fromkeys(found)) if computed else []
+
+
+def _is_spatial(mean: fx.Node) -> bool:
+    ndim = input_node(mean).meta["val"].ndim
+    dims: Any = argument(mean, 1, "dim", None) or []
+    return ndim > 2 and {d % ndim for d in dims} == set(range(2, ndim))
+
+
+def is_real(node: fx.Node) -> bool:
+    """True for a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def is_relu(node: fx.Node) -> bool:
+    """True for activation functions that cut values off at 0 and perhaps at a higher bound: ReLU, ReLU6."""
+    if node.target in (aten.hardtanh.default, aten.clamp.default):
+        return bool(argument(node, 1, "min_val" if node.target is aten.hardtanh.default else "min", -1) == 0)
+    return node.target in (aten.relu.default, aten.relu6.default)
+
+
+def pads_zeros(node: fx.Node) -> bool:
+    if node.target is aten.pad.default:
+        return argument(node, 2, "mode", "constant") == "constant" and not argument(node, 3, "value", None)
+    return node.target is aten.constant_pad_nd.default and not argument(node, 2, "value", 0)
+
+
+def origin(node: fx.Node, pass_ops: frozenset[Any]) -> fx.Node:
+    """Follow a weight operator's input back through ``pass_ops`` to the node that computes its values.
+
+    A padding with zeros right in front of the weight operator is passed too, when there are any such operators: zero is
+    on every grid.
+    """
+    if pass_ops and pads_zeros(node):
+        node = input_node(node)
+    while node.target in pass_ops:
+        node = input_node(node)
+    return node

@@ -6,15 +6,16 @@ Every quantized tensor has exactly one fake-quantizer, right behind the node tha
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from quiesce.errors import ModelError, RecipeError, nearest_name
 from quiesce.graph.backends.backend import Backend
-from quiesce.graph.ops import WEIGHT_OPS, input_node, is_weight_op, weight_node
+from quiesce.graph.ops import WEIGHT_OPS, input_node, is_relu, is_weight_op, operands, origin, weight_node
 from quiesce.graph.rewrite import free_name, tidy
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from quiesce.quant.spec import QuantizationSpec
@@ -37,7 +38,8 @@ def weight_layers(gm: fx.GraphModule) -> dict[str, fx.Node]:
 def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.Node, Annotation]:
     """Return what each tensor is to be quantized to: weights (get_attr nodes) and activations (all others).
 
-    A tensor that feeds several layers takes the largest bits that any of them asks for.
+    A tensor that feeds several layers takes the largest bits that any of them asks for. What a backend quantizes beyond
+    the inputs of layers takes the bits of activations, and the bits of both ends where the network returns it.
 
     Raises:
         ModelError: there is no weight layer, or the weight of one is computed from the input or in half precision.
@@ -62,12 +64,13 @@ def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.No
         ch_axis = WEIGHT_OPS[layer.target].ch_axis if recipe.weights.per_channel else None  # type: ignore[index]
         annotations[weight] = Annotation(weight_bits, recipe.weights.symmetric, ch_axis)
         if input_bits is not None:
-            _annotate_activation(annotations, input_node(layer), input_bits, recipe)
+            _annotate_activation(annotations, origin(input_node(layer), backend.pass_ops), input_bits, recipe)
     if recipe.activations.bits is not None:
-        for node in [n for n in gm.graph.nodes if n.target in backend.input_ops]:
-            for tensor in [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]:
-                if tensor not in annotations and tensor.op != "get_attr":
-                    _annotate_activation(annotations, tensor, recipe.activations.bits, recipe)
+        for tensor in _further_tensors(gm, backend):
+            if tensor not in annotations:
+                returned = any(user.op == "output" for user in tensor.users)
+                bits = recipe.activations.first_last_bits if returned else recipe.activations.bits
+                _annotate_activation(annotations, tensor, bits, recipe)
     return annotations
 
 
@@ -93,6 +96,24 @@ def insert(gm: fx.GraphModule, annotations: dict[fx.Node, Annotation]) -> fx.Gra
         quantizer.meta = dict(node.meta)
         node.replace_all_uses_with(quantizer, delete_user_cb=lambda user, q=quantizer: user is not q)
     return tidy(gm)
+
+
+def _further_tensors(gm: fx.GraphModule, backend: Backend) -> Iterator[fx.Node]:
+    """Yield what the backend quantizes besides the inputs of layers."""
+    for node in gm.graph.nodes:
+        if node.target in backend.input_ops:
+            yield from (origin(tensor, backend.pass_ops) for tensor in operands(node))
+        if node.target in backend.skip_ops:
+            yield from (origin(tensor, backend.pass_ops) for tensor in _skips(operands(node)))
+        if node.target in backend.output_ops:
+            (reader, *others) = node.users
+            yield reader if not others and is_relu(reader) else node
+
+
+def _skips(branches: list[fx.Node]) -> list[fx.Node]:
+    """Leave out the last of ``branches`` that comes straight from a weight operator, and from there to here only."""
+    made = [n for n in branches if is_weight_op(n) and len(n.users) == 1]
+    return [n for n in branches if n is not max(made, default=None)]
 
 
 def _layer_bits(recipe: Recipe, index: int, edge: bool, override: LayerOverride | None) -> tuple[int, int | None]:

@@ -8,10 +8,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Backend:
-    """Which tensors a target quantizes, in terms of ATen operators."""
+    """Which tensors a target quantizes, in terms of ATen operators.
+
+    What it demands of the recipe (symmetric weights, 8 bits) is in ``recipe.BACKENDS``.
+    """
 
     name: str
     weight_ops: frozenset[Any]
     """Operators whose weight and input are quantized."""
     input_ops: frozenset[Any] = frozenset()
     """Further operators (additions, concats, pools) all of whose tensor inputs are quantized."""
+    skip_ops: frozenset[Any] = frozenset()
+    """Operators (additions) all of whose tensor inputs are quantized but the one that a weight operator makes for them
+    alone: the runtime adds the others to its result before rounding."""
+    output_ops: frozenset[Any] = frozenset()
+    """Operators whose output is quantized wherever it goes; behind a ReLU that alone reads it, if there is one."""
+    pass_ops: frozenset[Any] = frozenset()
+    """Operators that hand values on unchanged. What a quantizer gives is still on its grid behind them, so it stands in
+    front of them. A padding with zeros in front of a weight operator counts as one when there are any."""
+    integer_bias: bool = False
+    """True where the bias is added as an integer of scale s_x · s_w."""

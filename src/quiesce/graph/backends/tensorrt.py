@@ -1,0 +1,17 @@
+"""TensorRT's explicit quantization, by its documentation; not run on TensorRT.
+
+int8 only, symmetric weights and activations: the integers of activations are −128 to 127, of which those behind a ReLU
+use one half. Inputs and weights of convolutions and linear layers are quantized, and the skip branch of an addition,
+which is then computed with the convolution on the other branch. Outputs are not quantized. The bias stays float.
+Source: developer guide, "Working with Quantized Types", section on recommended placement of quantizers.
+"""
+
+from quiesce.graph.backends.backend import Backend
+from quiesce.graph.ops import PASS_OPS, WEIGHT_OPS, aten
+
+TENSORRT = Backend(
+    name="tensorrt",
+    weight_ops=frozenset(WEIGHT_OPS),
+    skip_ops=frozenset({aten.add.Tensor}),
+    pass_ops=PASS_OPS,
+)
