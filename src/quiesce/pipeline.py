@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from quiesce.data import Samples, check_like, gather
-from quiesce.errors import DataError
+from quiesce.errors import DataError, ModelError
 from quiesce.evaluate import Metrics, compare, outputs_of
 from quiesce.export.checkpoint import Checkpoint, check_storable, read_checkpoint, write_checkpoint
 from quiesce.graph.backends import BACKENDS
@@ -22,11 +23,12 @@ from quiesce.graph.fold import LeftBatchNorm, fold
 from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
 from quiesce.graph.partition import partition
 from quiesce.graph.place import annotate, insert
+from quiesce.graph.rewrite import follow_tensors
 from quiesce.graph.unit import Unit, boundary
 from quiesce.oscillation.capacity import modcap
 from quiesce.oscillation.measure import ModuleLoss, summarize
 from quiesce.progress import Progress, ProgressCallback
-from quiesce.quant.fake_quantize import float_mode, restore, snapshot
+from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers, float_mode, restore, snapshot
 from quiesce.recipe import GranularityRecipe, Recipe
 from quiesce.reconstruct.granular import Outcome, block_pass, check_granularity, merged_pass, propose
 from quiesce.reconstruct.loop import Job, Pass, layer_pass, measure_pass
@@ -56,6 +58,23 @@ class QuantizedModel(nn.Module):
         interface = interface_of(self.graph_module)
         return interface.unflatten(self.graph_module(*interface.flatten(args, kwargs)))
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedModel:
+        """Move all tensors (``to``, ``cuda``, …), and with them what operators of the graph are told of the device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        follow_tensors(self.graph_module)
+        return self
+
+    def dequantize_weights(self, keep: bool = True) -> QuantizedModel:
+        """Dequantize the weights once instead of in each forward pass; ``keep=False`` goes back. Returns the model.
+
+        Outputs are the same, bit for bit, and :meth:`save` still writes integers. In memory a weight takes 5 bytes
+        then (a float beside its integer) instead of 1, and none has to be made while the network runs.
+        """
+        for quantizer in fake_quantizers(self.graph_module).values():
+            if isinstance(quantizer, WeightFakeQuantize):
+                quantizer.hold() if keep else quantizer.release()
+        return self
+
     def save(self, folder: Path | str) -> Path:
         """Write the network (quantized.json, quantized.safetensors), result.json and recipe.toml into ``folder``.
 
@@ -67,14 +86,22 @@ class QuantizedModel(nn.Module):
         )
 
 
-def load(folder: Path | str) -> QuantizedModel:
-    """Load a network that :meth:`QuantizedModel.save` wrote; needs neither the model's source nor trust in the files.
+def load(folder: Path | str, device: torch.device | str = "cpu") -> QuantizedModel:
+    """Load a network that :meth:`QuantizedModel.save` wrote to ``device``, wherever it was saved.
+
+    It needs neither the model's source nor trust in the files.
 
     Raises:
         FileFormatError: a file is missing, truncated, or not one of ours.
+        ModelError: ``device`` is not there.
     """
     checkpoint = read_checkpoint(Path(folder))
-    return QuantizedModel(checkpoint.graph, checkpoint.result, checkpoint.recipe, checkpoint.preprocessing)
+    network = QuantizedModel(checkpoint.graph, checkpoint.result, checkpoint.recipe, checkpoint.preprocessing)
+    try:
+        return network.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"the network can't be loaded to device {device} ({reason}); load it to 'cpu'.") from error
 
 
 def quantize(
@@ -263,7 +290,7 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
 def _captured(model: nn.Module | ExportedProgram, samples: Samples, device: torch.device) -> fx.GraphModule:
     """Capture on at most two samples; a single one is repeated, as a batch of one would be taken for a constant."""
     example = samples.select(slice(0, 2)) if len(samples) > 1 else samples.select(torch.zeros(2, dtype=torch.long))
-    graph = capture(model, example.to(_device_of(model))).to(device)
+    graph = follow_tensors(capture(model, example.to(_device_of(model))).to(device))
     _check_captured(graph, samples)
     return graph
 

@@ -16,7 +16,7 @@ import quiesce
 from quiesce.errors import ModelError
 from quiesce.export.checkpoint import check_storable
 from quiesce.pipeline import prepare
-from quiesce.quant.fake_quantize import float_mode
+from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers, float_mode
 from tiny import images, recipe
 
 
@@ -274,3 +274,62 @@ def test_a_network_without_float_weights_can_not_be_switched_back(tmp_path: Path
     with float_mode(loaded.graph_module), pytest.raises(ModelError, match="without float weights"):
         loaded(images(2))
     check_storable(loaded.graph_module)
+
+
+class Made(Layers):
+    """Makes tensors on the device of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = torch.zeros(x.shape[0], 8, 8, 8, device=x.device)
+        return self.pooled(self.d(torch.cat([start, self.maps(x)], 1)[:, 4:12])) + torch.arange(5, device=x.device)
+
+
+def test_tensors_that_the_graph_makes_follow_the_network_to_its_device(tmp_path: Path) -> None:
+    network = quiesce.quantize(Made().eval(), images(12), recipe("nearest"))
+    network.save(tmp_path / "net")
+    moved = quiesce.load(tmp_path / "net", device="meta")
+    assert {t.device.type for t in moved.buffers()} == {"meta"}
+    assert moved(images(2).to("meta")).device.type == "meta"
+    assert torch.equal(quiesce.load(tmp_path / "net").to("cpu")(images(3)), network(images(3)))
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    quiesce.quantize(Flatten().eval(), images(12), recipe("nearest")).save(tmp_path / "net")
+    for device in ("abacus", "cuda:99"):
+        with pytest.raises(ModelError, match=rf"can't be loaded to device {device} .*; load it to 'cpu'"):
+            quiesce.load(tmp_path / "net", device=device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_network_loads_to_the_gpu_and_back(tmp_path: Path) -> None:
+    network = quiesce.quantize(Made().eval(), images(12), recipe("nearest"), device="cpu")
+    network.save(tmp_path / "net")
+    x, expected = images(3), network(images(3))
+    loaded = quiesce.load(tmp_path / "net", device="cuda")
+    torch.testing.assert_close(loaded(x.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+    loaded.save(tmp_path / "again")
+    assert torch.equal(quiesce.load(tmp_path / "again")(x), expected)
+    assert torch.equal(loaded.cpu()(x), expected)
+
+
+def test_weights_dequantized_once_change_no_bit(tmp_path: Path) -> None:
+    network = quiesce.quantize(Activations().eval(), images(12), recipe("nearest"))
+    x, expected = images(5, seed=2), network(images(5, seed=2))
+    made: list[str] = []
+    for quantizer in fake_quantizers(network.graph_module).values():
+        if isinstance(quantizer, WeightFakeQuantize):
+            make = quantizer.dequantized_weight
+            quantizer.dequantized_weight = lambda make=make: made.append("once") or make()  # type: ignore[method-assign]
+    assert network.dequantize_weights() is network
+    assert len(made) == 5
+    assert torch.equal(network(x), expected) and torch.equal(network(x), expected)
+    assert len(made) == 5
+    held = sum(b.numel() for n, b in network.named_buffers() if n.endswith("held"))
+    assert held == sum(b.numel() for n, b in network.named_buffers() if n.endswith("quantized"))
+    assert not any(name.endswith("held") for name in network.state_dict())
+    network.save(tmp_path / "net")
+    assert torch.equal(quiesce.load(tmp_path / "net")(x), expected)
+    network.dequantize_weights(keep=False)
+    assert not any(n.endswith("held") for n, _ in network.named_buffers())
+    assert torch.equal(network(x), expected) and len(made) == 10

@@ -213,3 +213,36 @@ class TestStates:
         with pytest.raises(RuntimeError), float_mode(holder), float_mode(holder):
             raise RuntimeError
         assert holder.of_weight.enabled and not holder.of_input.enabled
+
+
+def test_a_held_weight_is_given_up_when_grid_or_integers_change() -> None:
+    """Whatever changes a quantizer must not leave the weight of before."""
+    weight = torch.randn(4, 3)
+    holder = Holder()
+    quantizer = holder.of_weight
+    state = snapshot(holder)
+
+    def learn() -> None:
+        quantizer.start_rounding("adaround", weight, warm=False)
+        quantizer.harden()
+
+    changes = (
+        lambda: quantizer.set_parameters(2 * quantizer.scale, quantizer.zero_point, weight),
+        lambda: restore(holder, state),
+        learn,
+    )
+    for change in changes:
+        quantizer.hold()
+        assert quantizer() is quantizer.held
+        change()
+        assert quantizer.held is None
+        assert torch.equal(quantizer(), quantizer.dequantized_weight())
+
+
+def test_a_held_weight_is_not_used_while_rounding_is_learned_or_the_quantizer_is_off() -> None:
+    holder = Holder()
+    holder.of_weight.hold()
+    with float_mode(holder):
+        assert holder.of_weight(holder.weight) is holder.weight
+    holder.of_weight.start_rounding("adaround", holder.weight.detach(), warm=False)
+    assert holder.of_weight() is not holder.of_weight.held

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from itertools import chain, count
+from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 
@@ -28,4 +30,18 @@ def tidy(gm: fx.GraphModule) -> fx.GraphModule:
     used = {n.target for n in gm.graph.nodes if n.op == "get_attr"}
     for name in [n for n in gm._buffers if n not in used]:
         delattr(gm, name)
+    return gm
+
+
+def follow_tensors(gm: fx.GraphModule) -> fx.GraphModule:
+    """Let operators that name a device (``zeros``, …) name the one where the tensors are; returns ``gm``."""
+    device = next((b.device for b in gm.buffers()), None)
+
+    def here(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for node in gm.graph.nodes if device is not None else ():
+        if node.op == "call_function":
+            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), here)
+    gm.recompile()
     return gm

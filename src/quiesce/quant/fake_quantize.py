@@ -21,12 +21,14 @@ class WeightFakeQuantize(nn.Module):
     """Stands for one weight as integers. The float weight passes through it untouched while it is off.
 
     ``scale`` and ``zero_point`` have shape [channels] (or [] per tensor), ``quantized`` the weight's shape. While
-    ``rounding`` is set, the weight is the soft-rounded one that is being learned.
+    ``rounding`` is set, the weight is the soft-rounded one that is being learned. ``held`` is the dequantized weight,
+    kept from :meth:`hold` until the grid or the integers change.
     """
 
     scale: Tensor
     zero_point: Tensor
     quantized: Tensor
+    held: Tensor | None
 
     def __init__(self, spec: QuantizationSpec, shape: torch.Size | tuple[int, ...], like: Tensor) -> None:
         super().__init__()
@@ -37,6 +39,7 @@ class WeightFakeQuantize(nn.Module):
         self.register_buffer("scale", like.new_ones(channels))
         self.register_buffer("zero_point", like.new_zeros(channels))
         self.register_buffer("quantized", torch.zeros(shape, dtype=spec.dtype, device=like.device))
+        self.register_buffer("held", None, persistent=False)
 
     def forward(self, weight: Tensor | None = None) -> Tensor:
         if not self.enabled:
@@ -48,10 +51,18 @@ class WeightFakeQuantize(nn.Module):
         if self.rounding is not None:
             soft: Tensor = self.rounding()
             return soft
-        return self.dequantized_weight()
+        return self.dequantized_weight() if self.held is None else self.held
+
+    def hold(self) -> None:
+        """Keep the dequantized weight instead of computing it in each forward pass."""
+        self.held = self.dequantized_weight()
+
+    def release(self) -> None:
+        self.held = None
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor, weight: Tensor) -> None:
         """Set the grid and round ``weight`` to nearest on it."""
+        self.release()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         self.quantized.copy_(nearest(weight, self.spec, self.scale, self.zero_point))
@@ -65,6 +76,7 @@ class WeightFakeQuantize(nn.Module):
     def harden(self) -> None:
         """Turn the learned rounding into integers and drop it."""
         if self.rounding is not None:
+            self.release()
             self.quantized.copy_(self.rounding.harden())
             self.rounding = None
 
@@ -177,6 +189,8 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 def restore(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Put back what :func:`snapshot` took; tensors of quantizers that ``module`` does not hold are passed over."""
     for name, quantizer in fake_quantizers(module).items():
+        if isinstance(quantizer, WeightFakeQuantize):
+            quantizer.release()
         for key, tensor in _state(quantizer):
             tensor.copy_(state[f"{name}.{key}"])
 
