@@ -58,7 +58,7 @@ def compare(outputs: list[Tensor], labels: Tensor | None, reference: list[Tensor
             top1 = _per_cent(chosen == labels.to(chosen.device))
         if reference is not None:
             agreement = _per_cent(chosen == reference[0].argmax(1))
-    return Metrics(top1, agreement, None if reference is None else _sqnr(outputs, reference), first.shape[0])
+    return Metrics(top1, agreement, None if reference is None else sqnr_db(outputs, reference), first.shape[0])
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
@@ -74,7 +74,7 @@ def _per_cent(hits: Tensor) -> float:
     return 100.0 * hits.double().mean().item()
 
 
-def _sqnr(outputs: list[Tensor], reference: list[Tensor]) -> float | None:
+def sqnr_db(outputs: list[Tensor], reference: list[Tensor]) -> float | None:
     noise = sum((o.double() - r.double()).square().sum().item() for o, r in zip(outputs, reference, strict=True))
     signal = sum(r.double().square().sum().item() for r in reference)
     return 10 * math.log10(signal / noise) if 0 < noise < math.inf and signal > 0 else None

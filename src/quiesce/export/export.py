@@ -1,0 +1,33 @@
+"""What an exporter reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quiesce.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Export:
+    """One written network."""
+
+    path: Path
+    format: str
+    bytes: int
+    """Of all files of the network."""
+    notes: tuple[str, ...] = ()
+    """Where a container is wider than the bits, or an operator was added: which tensors, and why."""
+
+
+def require(packages: tuple[str, ...], extra: str) -> None:
+    """Check that the packages of an optional extra are installed.
+
+    Raises:
+        ModelError: one is missing.
+    """
+    for package in packages:
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise ModelError(f"{package} is not installed; install it with: pip install quiesce[{extra}]") from error

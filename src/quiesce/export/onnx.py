@@ -1,0 +1,373 @@
+"""ONNX: torch.onnx writes the operators, every fake-quantizer becomes QuantizeLinear and DequantizeLinear.
+
+Weights are stored as integers in the narrowest container that holds them (INT2 and INT4 packed), per channel,
+asymmetric where the recipe is. Activations pass QuantizeLinear to 8-bit integers; what keeps them to fewer bits, and
+what keeps a runtime from computing something else than the simulation, is in docs/deploy.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
+from quiesce.errors import ModelError
+from quiesce.export.containers import StoredWeight, store_weight
+from quiesce.export.export import Export, require
+from quiesce.export.opset13 import OPSET as COMPAT_OPSET
+from quiesce.export.opset13 import lower
+from quiesce.graph.backends import BACKENDS
+from quiesce.graph.capture import interface_of
+from quiesce.graph.rewrite import tidy
+from quiesce.outputs import check_new, write_bytes
+from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers
+from quiesce.recipe import Recipe
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+TORCH_OPSET = 18
+IR_VERSIONS = {13: 8, 21: 10, 25: 13}
+"""The oldest file format that has what the opset needs."""
+DOMAIN = "quiesce"
+_LONGEST_PROTOBUF = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the integers are stored."""
+
+    compat: bool = False
+    """Opset 13, whose narrowest integers have 8 bits."""
+    symmetric: bool = False
+    """All weights with zero points of 0: the same values, in wider containers where these are needed."""
+    narrowest: int = 2
+    """Bits of the narrowest container that the reader knows."""
+    float_bias: bool = False
+    """True for a reader that adds biases in float; ONNX Runtime has to be made to (see :func:`onnx_network`)."""
+
+
+@dataclass(frozen=True)
+class OnnxNetwork:
+    """A network as the bytes of an ONNX file."""
+
+    serialized: bytes
+    opset: int
+    notes: tuple[str, ...]
+
+
+def export_onnx(
+    graph: fx.GraphModule,
+    recipe: Recipe,
+    path: Path,
+    *,
+    compat: bool = False,
+    symmetric: bool = False,
+    force: bool = False,
+) -> Export:
+    """Write the quantized network to ``path``; it is opened in ONNX Runtime before it appears there.
+
+    Args:
+        graph: a quantized network on any device; not changed.
+        recipe: of the network; goes into the file's metadata.
+        compat: opset 13 with 8-bit containers, for runtimes that know no 4- or 2-bit integers.
+        symmetric: store all weights with zero points of 0, the same values in wider containers.
+        force: replace a file that is there.
+
+    Raises:
+        ModelError: an extra package is missing, or the network has an operator or dtype that ONNX (or opset 13) lacks,
+            or ONNX Runtime refuses the file.
+        OutputError: ``path`` is taken or can't be written.
+    """
+    check_new(path, force)
+    network = onnx_network(graph, recipe, Form(compat=compat, symmetric=symmetric))
+    _open_in_onnxruntime(network.serialized)
+    write_bytes(path, network.serialized)
+    return Export(path, f"ONNX, opset {network.opset}", len(network.serialized), network.notes)
+
+
+def onnx_network(graph: fx.GraphModule, recipe: Recipe, form: Form) -> OnnxNetwork:
+    """Return the quantized network as an ONNX file.
+
+    ONNX Runtime turns float biases in front of a QuantizeLinear into integers of scale s_x · s_w, looking through ReLU
+    and Clip. Where the simulation's biases are not on that grid, a Min at the upper end of the range, which changes no
+    value, stands in front of each QuantizeLinear and keeps it from that.
+    """
+    require(("onnx", "onnxscript", "onnxruntime"), "onnx")
+    from onnx_ir import to_proto
+    from onnxscript import version_converter
+
+    weights = _stored_weights(graph, form)
+    two_bits = any(w.width == 2 for w in weights.values())
+    bounded = not form.float_bias and (two_bits or not BACKENDS[recipe.backend].integer_bias)
+    opset = COMPAT_OPSET if form.compat else (25 if two_bits else 21)
+    model = _translated(graph)
+    if not form.compat:
+        version_converter.convert_version(model, opset)
+    _Writer(model, graph, weights, bounded).replace_markers()
+    if form.compat:
+        lower(model)
+    notes = _notes(graph, weights, bounded)
+    _describe(model, recipe, weights, notes)
+    model.ir_version = IR_VERSIONS[opset]
+    serialized = to_proto(model).SerializeToString()
+    if len(serialized) > _LONGEST_PROTOBUF:
+        raise ModelError(f"the ONNX file would have {len(serialized):,} bytes; one file can't have more than 2 GB.")
+    return OnnxNetwork(serialized, opset, notes)
+
+
+def _stored_weights(graph: fx.GraphModule, form: Form) -> dict[str, StoredWeight]:
+    narrowest, widest = (8, 8) if form.compat else (form.narrowest, 16)
+    found = {}
+    for name, quantizer in fake_quantizers(graph).items():
+        if quantizer.scale.dtype != torch.float32:
+            raise ModelError(f"quantizer {name} has {quantizer.scale.dtype} scales; ONNX files hold float32 networks.")
+        if isinstance(quantizer, WeightFakeQuantize):
+            shown = _tensor_name(name)
+            found[name] = store_weight(shown, quantizer, narrowest=narrowest, widest=widest, symmetric=form.symmetric)
+    return found
+
+
+class _Marker(nn.Module):
+    """Stands for a fake-quantizer while torch.onnx translates the network: one node of a domain of our own."""
+
+    weight: Tensor | None
+
+    def __init__(self, name: str, weight: Tensor | None) -> None:
+        super().__init__()
+        self.name = name
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        value = x if self.weight is None else self.weight
+        assert value is not None
+        marked: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::FakeQuantize",
+            (value,),
+            {"quantizer": self.name},
+            dtype=value.dtype,
+            shape=value.shape,
+            version=1,
+        )
+        return marked
+
+
+def _marked(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy on the CPU with a marker for every fake-quantizer."""
+    graph = copy.deepcopy(graph).cpu()
+    for node in [n for n in graph.graph.nodes if n.op == "call_module"]:
+        quantizer = getattr(graph, str(node.target))
+        weight = None
+        if isinstance(quantizer, WeightFakeQuantize):
+            weight = quantizer.dequantized_weight()
+            node.args = ()  # a network loaded from a file has no float weight to pass
+        setattr(graph, str(node.target), _Marker(str(node.target), weight))
+    return tidy(graph)
+
+
+def _translated(graph: fx.GraphModule) -> ir.Model:
+    """Return the network in ONNX, with markers for fake-quantizers and a free batch size."""
+    forms = interface_of(graph).forms
+    # Two images, as torch.export takes a size of 1 for a constant.
+    example = tuple(torch.zeros([2 if n is None else n for n in form.shape], dtype=form.dtype) for form in forms)
+    free = tuple({axis: Dim.DYNAMIC for axis, n in enumerate(form.shape) if n is None} for form in forms)
+    count = len(next(n for n in graph.graph.nodes if n.op == "output").args[0])
+    names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(_marked(graph), example, dynamic_shapes=free)
+            translated = torch.onnx.export(
+                program, dynamo=True, opset_version=TORCH_OPSET, verbose=False, output_names=names
+            )
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"torch.onnx can't translate the network ({type(error).__name__}: {reason}); "
+            "change what the message names, or export the network in another format."
+        ) from error
+    assert translated is not None
+    return translated.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the translation from printing; what goes wrong is in its error."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class _Writer:
+    """Replaces the markers of a translated network by QuantizeLinear and DequantizeLinear."""
+
+    def __init__(
+        self, model: ir.Model, graph: fx.GraphModule, weights: dict[str, StoredWeight], always_bounded: bool
+    ) -> None:
+        self.graph = model.graph
+        self.quantizers = fake_quantizers(graph)
+        self.weights = weights
+        self.always_bounded = always_bounded
+
+    def replace_markers(self) -> None:
+        for node in [n for n in self.graph if n.domain == DOMAIN]:
+            name = node.attributes["quantizer"].as_string()
+            if name in self.weights:
+                self._replace_weight(node, name)
+            else:
+                self._replace_activation(node, name)
+
+    def _replace_weight(self, marker: ir.Node, name: str) -> None:
+        weight, replaced = self.weights[name], [marker]
+        users = list(marker.outputs[0].consumers())
+        if len(users) == 1 and users[0].op_type == "Transpose":
+            # Of a linear layer on more than two dimensions: turned here instead of at every run.
+            weight = weight.permuted(list(users[0].attributes["perm"].as_ints()))
+            replaced.append(users[0])
+        tensor = _tensor_name(name)
+        integers = self._initializer(tensor, weight.integers, weight.container)
+        scale = self._initializer(f"{tensor}_scale", weight.scale)
+        zero_point = self._initializer(f"{tensor}_zero_point", weight.zero_point, weight.container)
+        axis = {} if weight.ch_axis is None else {"axis": weight.ch_axis}
+        result = _node("DequantizeLinear", [integers, scale, zero_point], f"{tensor}_dq", axis)
+        self._replace(replaced, [result])
+
+    def _replace_activation(self, marker: ir.Node, name: str) -> None:
+        quantizer = self.quantizers[name]
+        assert isinstance(quantizer, ActivationFakeQuantize)
+        spec, tensor, nodes = quantizer.spec, _tensor_name(name), []
+        scale, zero = quantizer.scale.detach().cpu().numpy(), int(quantizer.zero_point)
+        x = marker.inputs[0]
+        if spec.bits < 8 or self.always_bounded:
+            bound = self._initializer(f"{tensor}_high", scale * np.float32(spec.quant_max - zero))
+            nodes.append(_node("Min", [x, bound], f"{tensor}_min"))
+        if spec.bits < 8 and spec.symmetric:  # an unsigned container ends at 0 by itself
+            bound = self._initializer(f"{tensor}_low", scale * np.float32(spec.quant_min - zero))
+            nodes.append(_node("Max", [nodes[-1].outputs[0], bound], f"{tensor}_max"))
+        container = "INT8" if spec.symmetric else "UINT8"
+        parameters = [
+            self._initializer(f"{tensor}_scale", scale),
+            self._initializer(f"{tensor}_zero_point", np.asarray(zero), container),
+        ]
+        x = nodes[-1].outputs[0] if nodes else x
+        nodes.append(_node("QuantizeLinear", [x, *parameters], f"{tensor}_q"))
+        nodes.append(_node("DequantizeLinear", [nodes[-1].outputs[0], *parameters], f"{tensor}_dq"))
+        self._replace([marker], nodes)
+
+    def _initializer(self, name: str, numbers: NDArray[Any], container: str | None = None) -> ir.Value:
+        import onnx_ir as ir
+
+        dtype = ir.DataType.FLOAT if container is None else ir.DataType[container]
+        value = ir.Value(name=name, const_value=ir.Tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=name))
+        self.graph.register_initializer(value)
+        return value
+
+    def _replace(self, old: list[ir.Node], new: list[ir.Node]) -> None:
+        import onnx_ir as ir
+
+        ir.convenience.replace_nodes_and_values(self.graph, old[0], old, new, old[-1].outputs, new[-1].outputs)
+
+
+def _node(operator: str, inputs: list[Any], output: str, attributes: dict[str, Any] | None = None) -> ir.Node:
+    import onnx_ir as ir
+
+    return ir.node(operator, inputs, attributes or {}, outputs=[ir.Value(name=output)], name=output)
+
+
+def _tensor_name(quantizer: str) -> str:
+    return quantizer.removesuffix("_quantizer")
+
+
+def _notes(graph: fx.GraphModule, weights: dict[str, StoredWeight], bounded: bool) -> tuple[str, ...]:
+    """Say what in the file is not as narrow or as plain as the recipe, and why."""
+    wider: dict[tuple[int, str], list[str]] = {}
+    for name, weight in weights.items():
+        if weight.width != weight.bits:
+            wider.setdefault((weight.bits, weight.container), []).append(_tensor_name(name))
+    notes = [
+        f"{len(names)} weights of {bits} bits are stored as {container}, the narrowest container asked for that holds "
+        f"them: {', '.join(names)}"
+        for (bits, container), names in wider.items()
+    ]
+    specs = [q.spec for q in fake_quantizers(graph).values() if isinstance(q, ActivationFakeQuantize)]
+    for bits in sorted({s.bits for s in specs if s.bits < 8}):
+        notes.append(
+            f"activations of {bits} bits are 8-bit integers behind an explicit bound: ONNX Runtime refuses narrower "
+            "ones behind Clip and in front of convolutions"
+        )
+    if bounded and any(s.bits == 8 for s in specs):
+        notes.append(
+            "activations of 8 bits pass Min at their upper bound: without it ONNX Runtime would round biases to the "
+            "integer grid, or run 2-bit weights on kernels that do not know them"
+        )
+    return tuple(notes)
+
+
+def _describe(model: ir.Model, recipe: Recipe, weights: dict[str, StoredWeight], notes: tuple[str, ...]) -> None:
+    """Put recipe, seed, version and bits into the file's metadata; drop what the translation left about itself."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)  # the markers' float weights, too
+    ClearMetadataAndDocStringPass()(model)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None:
+            value.shape = ir.Shape(["batch" if isinstance(n, ir.SymbolicDim) else n for n in value.shape])
+    outputs = set(model.graph.outputs)
+    for value in [v for node in model.graph for v in node.outputs if v not in outputs]:
+        value.shape = value.type = None  # a runtime infers them
+    version = metadata.version("quiesce")
+    model.producer_name, model.producer_version = "quiesce", version
+    model.graph.name = "quantized"
+    model.metadata_props.update(
+        {
+            "quiesce.version": version,
+            "quiesce.seed": str(recipe.seed),
+            "quiesce.recipe": recipe.to_toml(),
+            "quiesce.bits": json.dumps({_tensor_name(n): w.bits for n, w in weights.items()}, separators=(",", ":")),
+            "quiesce.notes": "\n".join(notes),
+        }
+    )
+
+
+def _open_in_onnxruntime(serialized: bytes) -> None:
+    """Open the file as its readers will.
+
+    Raises:
+        ModelError: it is not valid ONNX, or ONNX Runtime can't load it.
+    """
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        onnx.checker.check_model(serialized)
+        onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"the ONNX file does not load in ONNX Runtime {onnxruntime.__version__} ({reason}); nothing was written. "
+            "Another form of it may: compat = true."
+        ) from error

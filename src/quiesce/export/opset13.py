@@ -1,0 +1,109 @@
+"""Lowers an ONNX network of opset 18 to opset 13, for runtimes of 2021 and later.
+
+What newer versions of an operator added (types, attributes with defaults) falls away by itself where it is not used;
+what moved or is new is rewritten here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quiesce.errors import ModelError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSET = 13
+
+
+def lower(model: ir.Model) -> None:
+    """Rewrite ``model`` (opset 18, no functions) in place.
+
+    Raises:
+        ModelError: an operator, or an input or attribute of it, is not in opset 13.
+    """
+    for node in list(model.graph):
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
+            _axes_to_attribute(node)
+        elif node.op_type == "Shape":
+            _slice_shape(model.graph, node)
+        elif node.op_type == "HardSwish":
+            _compose_hard_swish(model.graph, node)
+        elif node.op_type == "Split":
+            node.attributes.pop("num_outputs", None)  # without sizes opset 13 splits evenly, too
+        elif node.op_type == "Reshape":
+            _drop_default(node, "allowzero", 0)
+    for node in model.graph:
+        _check(node)
+        node.version = None
+    model.opset_imports.clear()
+    model.opset_imports[""] = OPSET
+
+
+def _axes_to_attribute(node: ir.Node) -> None:
+    import onnx_ir as ir
+
+    if len(node.inputs) < 2 or node.inputs[1] is None:
+        return
+    axes = ir.convenience.get_const_tensor(node.inputs[1])
+    if axes is None:
+        raise ModelError(f"opset 13 has no {node.op_type} over axes that are computed ({node.name}); leave out compat.")
+    node.resize_inputs(1)
+    node.attributes["axes"] = ir.AttrInt64s("axes", axes.numpy().tolist())
+    _drop_default(node, "noop_with_empty_axes", 0)
+
+
+def _slice_shape(graph: ir.Graph, node: ir.Node) -> None:
+    """``Shape(x, start, end)`` becomes a Slice of ``Shape(x)``."""
+    import onnx_ir as ir
+
+    start, end = (node.attributes.pop(name, None) for name in ("start", "end"))
+    if start is None and end is None:
+        return
+    result = node.outputs[0]
+    first = 0 if start is None else start.as_int()
+    last = np.iinfo(np.int64).max if end is None else end.as_int()
+    whole = ir.node("Shape", [node.inputs[0]], outputs=[ir.Value(name=f"{result.name}_whole")])
+    ends = [_constant(graph, f"{result.name}_{name}", value) for name, value in (("start", first), ("end", last))]
+    part = ir.node("Slice", [whole.outputs[0], *ends], outputs=[ir.Value(name=f"{result.name}_part")])
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [whole, part], [result], [part.outputs[0]])
+
+
+def _constant(graph: ir.Graph, name: str, value: int) -> ir.Value:
+    import onnx_ir as ir
+
+    constant = ir.Value(name=name, const_value=ir.Tensor(np.asarray([value], np.int64), name=name))
+    graph.register_initializer(constant)
+    return constant
+
+
+def _compose_hard_swish(graph: ir.Graph, node: ir.Node) -> None:
+    """HardSwish(x) = x · HardSigmoid(x; 1/6, 1/2)."""
+    import onnx_ir as ir
+
+    result, x = node.outputs[0], node.inputs[0]
+    gate = ir.node("HardSigmoid", [x], {"alpha": 1 / 6, "beta": 0.5}, outputs=[ir.Value(name=f"{result.name}_gate")])
+    product = ir.node("Mul", [x, gate.outputs[0]], outputs=[ir.Value(name=f"{result.name}_product")])
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [gate, product], [result], [product.outputs[0]])
+
+
+def _drop_default(node: ir.Node, name: str, default: int) -> None:
+    attribute = node.attributes.get(name)
+    if attribute is not None and attribute.as_int() == default:
+        del node.attributes[name]
+
+
+def _check(node: ir.Node) -> None:
+    """Everything that the node uses must be known to its operator of opset 13."""
+    import onnx
+
+    try:
+        schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
+    except onnx.defs.SchemaError as error:
+        raise ModelError(f"opset 13 has no operator {node.op_type} ({node.name}); leave out compat.") from error
+    unknown = [name for name in node.attributes if name not in schema.attributes]
+    if unknown or len(node.inputs) > schema.max_input:
+        what = f"attribute {unknown[0]!r}" if unknown else f"{len(node.inputs)} inputs"
+        raise ModelError(f"operator {node.op_type} of opset 13 ({node.name}) has no {what}; leave out compat.")

@@ -1,0 +1,191 @@
+"""Parity: does an exported ONNX file compute what the simulation computes, in ONNX Runtime's default session?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from quiesce.data import Samples
+from quiesce.evaluate import sqnr_db
+from quiesce.graph.capture import interface_of
+from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers
+
+TIE = 1e-4
+"""Distance from a rounding tie, in steps, within which float32 may round either way."""
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """The integers of one activation quantizer, against those that float64 gives for the same inputs."""
+
+    quantizer: str
+    values: int
+    ties_broken: int
+    """Integers that differ where the float64 value is within :data:`TIE` of a tie."""
+    mismatches: int
+    """Integers that differ elsewhere: none, if the file computes the same."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How the outputs of a file compare with the simulation's."""
+
+    images: int
+    largest_difference: float
+    """Of any output value."""
+    largest_output: float
+    sqnr_db: float | None
+    """10·log10(E‖y‖² / E‖y − ŷ‖²), y the simulation's; None when both are equal."""
+    top1_differs: int
+    """Images with another top-1."""
+    top1_differs_at_tie: int
+    """Of these, images on which a tie was broken the other way on one side."""
+    layers: list[LayerParity]
+    """From the first ``layer_images`` images."""
+
+    @property
+    def values(self) -> int:
+        return sum(layer.values for layer in self.layers)
+
+    @property
+    def ties_broken(self) -> int:
+        return sum(layer.ties_broken for layer in self.layers)
+
+    @property
+    def mismatches(self) -> int:
+        return sum(layer.mismatches for layer in self.layers)
+
+
+@torch.no_grad()
+def check_parity(
+    graph: fx.GraphModule, path: Path, samples: Samples, *, layer_images: int = 32, batch_size: int = 32
+) -> Parity:
+    """Run ``samples`` through the simulated network (on the CPU) and through the file, and compare.
+
+    Outputs are compared on all samples, and layer by layer on the first ``layer_images``: there each layer is given
+    the inputs that ONNX Runtime gave it, in float64, so that differences do not add up.
+    """
+    file, inside = _Session(path, []), _Session(path, list(_activations(graph)))
+    simulated, exported = [], []
+    for batch in samples.batches(batch_size):
+        flat = interface_of(graph).flatten(batch.args, batch.kwargs)
+        simulated.append(graph(*flat)[0])
+        exported.append(file(flat)[0])
+    y, other = torch.cat(simulated), torch.cat(exported)
+    differing = torch.nonzero(y.argmax(1) != other.argmax(1)).flatten() if y.ndim == 2 else torch.zeros(0).long()
+    at_tie = sum(_breaks_a_tie(graph, inside, samples.select(image.view(1))) for image in differing)
+    return Parity(
+        images=len(y),
+        largest_difference=float((y - other).abs().max()),
+        largest_output=float(y.abs().max()),
+        sqnr_db=sqnr_db([other], [y]),
+        top1_differs=len(differing),
+        top1_differs_at_tie=at_tie,
+        layers=_layer_parities(graph, inside, samples.select(slice(0, layer_images)), batch_size),
+    )
+
+
+def _layer_parities(graph: fx.GraphModule, inside: _Session, samples: Samples, batch_size: int) -> list[LayerParity]:
+    totals: dict[str, list[int]] = {}
+    for batch in samples.batches(batch_size):
+        flat = interface_of(graph).flatten(batch.args, batch.kwargs)
+        names = list(_activations(graph))
+        reference = _Float64(graph, dict(zip(names, inside(flat)[-len(names) :], strict=True)))
+        reference.run(*flat)
+        for layer in reference.found:
+            row = totals.setdefault(layer.quantizer, [0, 0, 0])
+            for i, number in enumerate((layer.values, layer.ties_broken, layer.mismatches)):
+                row[i] += number
+    return [LayerParity(name, *row) for name, row in totals.items()]
+
+
+def _breaks_a_tie(graph: fx.GraphModule, inside: _Session, image: Samples) -> bool:
+    """True if on this image a tie was broken against float64, in the simulation or in the file."""
+    flat = interface_of(graph).flatten(image.args, image.kwargs)
+    names = list(_activations(graph))
+    for integers in (inside(flat)[-len(names) :], _simulated_integers(graph, flat)):
+        reference = _Float64(graph, dict(zip(names, integers, strict=True)))
+        reference.run(*flat)
+        if any(layer.ties_broken for layer in reference.found):
+            return True
+    return False
+
+
+def _activations(graph: fx.GraphModule) -> dict[str, ActivationFakeQuantize]:
+    return {n: q for n, q in fake_quantizers(graph).items() if isinstance(q, ActivationFakeQuantize)}
+
+
+def _simulated_integers(graph: fx.GraphModule, flat: list[Tensor]) -> list[Tensor]:
+    """Return what the simulation quantizes each activation to."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            assert isinstance(module, ActivationFakeQuantize)
+            found[name] = torch.round(output / module.scale) + module.zero_point
+
+        return hook
+
+    quantizers = _activations(graph)
+    handles = [q.register_forward_hook(keep(name)) for name, q in quantizers.items()]
+    try:
+        graph(*flat)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[name] for name in quantizers]
+
+
+class _Session:
+    """A default session of ONNX Runtime on one file; ``quantizers`` names those whose integers come out behind the
+    outputs."""
+
+    def __init__(self, path: Path, quantizers: list[str]) -> None:
+        import onnx
+        import onnxruntime
+
+        model = onnx.load(path)
+        for name in quantizers:
+            model.graph.output.append(onnx.ValueInfoProto(name=f"{name.removesuffix('_quantizer')}_q"))
+        self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        self.inputs = [i.name for i in self.session.get_inputs()]
+
+    def __call__(self, flat: list[Tensor]) -> list[Tensor]:
+        feed = {name: np.ascontiguousarray(x.numpy()) for name, x in zip(self.inputs, flat, strict=True)}
+        return [torch.from_numpy(y) for y in self.session.run(None, feed)]
+
+
+class _Float64(fx.Interpreter):
+    """Runs the simulated network in float64; at each quantizer the given integers are compared and go on."""
+
+    def __init__(self, graph: fx.GraphModule, integers: dict[str, Tensor]) -> None:
+        super().__init__(graph)
+        self.integers = integers
+        self.found: list[LayerParity] = []
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return _double(super().placeholder(target, args, kwargs))
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return _double(super().get_attr(target, args, kwargs))
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        quantizer = self.fetch_attr(target)
+        if isinstance(quantizer, WeightFakeQuantize):
+            return quantizer.dequantized_weight().double()
+        spec, integers = quantizer.spec, self.integers[target].double()
+        steps = args[0] / quantizer.scale.double()
+        expected = (torch.round(steps) + quantizer.zero_point.double()).clamp(spec.quant_min, spec.quant_max)
+        differs, tie = expected != integers, (steps - steps.floor() - 0.5).abs() <= TIE
+        counts = (differs.numel(), int((differs & tie).sum()), int((differs & ~tie).sum()))
+        self.found.append(LayerParity(target, *counts))
+        return (integers - quantizer.zero_point.double()) * quantizer.scale.double()
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
