@@ -17,6 +17,7 @@ from quiesce.errors import DataError, ModelError
 from quiesce.evaluate import Metrics, compare, outputs_of
 from quiesce.export.checkpoint import Checkpoint, check_storable, read_checkpoint, write_checkpoint
 from quiesce.graph.backends import BACKENDS
+from quiesce.graph.bias import make_room_for_biases, round_biases
 from quiesce.graph.calibrate import calibrate
 from quiesce.graph.capture import capture, interface_of
 from quiesce.graph.fold import LeftBatchNorm, fold
@@ -132,7 +133,7 @@ def quantize(
     """
     prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, name=name)
     runs, _ = run(prepared, recipe, progress=progress)
-    return QuantizedModel(prepared.graph, prepared.result(runs, recipe), recipe, preprocessing)
+    return QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, preprocessing)
 
 
 @dataclass
@@ -153,6 +154,13 @@ class Prepared:
     left: list[LeftBatchNorm]
     seconds: float
     device: torch.device
+
+    def network(self, recipe: Recipe) -> fx.GraphModule:
+        """Return the network in its present state as the recipe's backend runs it: with integer biases if it has them.
+
+        Fake-quantizers are shared with ``graph``, which keeps its float biases.
+        """
+        return round_biases(self.graph) if BACKENDS[recipe.backend].integer_bias else self.graph
 
     def result(self, runs: list[Run], recipe: Recipe) -> Result:
         metrics = self.float_metrics
@@ -193,6 +201,8 @@ def prepare(
     if recipe.granularity is not None:
         check_granularity([m.name for m in modules], recipe.granularity)
     calibrate(graph, samples, recipe)
+    if BACKENDS[recipe.backend].integer_bias:
+        make_room_for_biases(graph)
     evaluation = None if evaluate is None else gather(evaluate, "evaluation").to(where)
     reference = metrics = None
     if evaluation is not None:
@@ -388,7 +398,7 @@ def _report(prepared: Prepared, recipe: Recipe, done: Pass, seconds: float) -> R
     """Evaluate the network as it is now and write down the run."""
     metrics = Metrics(None, None, None, 0)
     if prepared.evaluation is not None:
-        outputs = _outputs(prepared.graph, prepared.evaluation, recipe.calibration_batch)
+        outputs = _outputs(prepared.network(recipe), prepared.evaluation, recipe.calibration_batch)
         metrics = compare(outputs, prepared.evaluation.labels, prepared.reference)
     names = [m.name for m in prepared.modules]
     absolute = summarize([loss.absolute for loss in done.losses])

@@ -56,7 +56,7 @@ def _run_rows(out: Path, seed: int, progress: ProgressCallback | None) -> Result
         block = done if name == "qdrop" else block
         runs += made
     result = prepared.result(runs, final)
-    QuantizedModel(prepared.graph, result, final, preprocessing()).save(out)
+    QuantizedModel(prepared.network(final), result, final, preprocessing()).save(out)
     write_report(result, out / "report.html")
     return result
 

@@ -21,6 +21,12 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q.to(scale.dtype) - zero_point) * scale
 
 
+def round_bias(bias: Tensor, step: Tensor) -> Tensor:
+    """Return ``bias`` rounded to multiples of ``step`` (which broadcasts against it), clipped to 32-bit multiples."""
+    integers = torch.round(bias.double() / step.double()).clamp(-(2**31), 2**31 - 1)
+    return (integers * step.double()).to(bias.dtype)
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Quantize and dequantize ``x`` with one scale (0-dim) for the whole tensor, differentiably.
 

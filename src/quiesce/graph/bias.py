@@ -1,0 +1,93 @@
+"""Integer biases: multiples of s_x · s_w, the scales of a layer's input and weight, as integer kernels add them.
+
+The float biases of a graph are kept, as its float weights are: a network with integer biases is a second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from quiesce.graph.ops import PASS_OPS, WEIGHT_OPS, argument, input_node, is_weight_op, origin, weight_node
+from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from quiesce.quant.functional import round_bias
+from quiesce.quant.ranges import next_power_of_two
+
+LARGEST_BIAS = 2**30
+"""Half of what 32 bits hold: the other half is for the products that are summed with it, and for step sizes that
+learning makes smaller."""
+
+
+def round_biases(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return ``gm`` with the bias of each layer rounded to a 32-bit multiple of s_x · s_w, as the scales are now.
+
+    A layer with a float input keeps its bias. Tensors other than biases, and fake-quantizers, are shared with ``gm``.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    rounded = fx.GraphModule(gm, graph)
+    rounded.meta = dict(gm.meta)
+    for layer in _biased_layers(rounded):
+        step = layer.per_bias(layer.input_scale * layer.weight.scale)
+        setattr(rounded, layer.bias_name, round_bias(layer.bias, step))
+    return rounded
+
+
+@torch.no_grad()
+def make_room_for_biases(gm: fx.GraphModule) -> None:
+    """Widen calibrated weight scales of ``gm`` where a bias would not fit into 32 bits, and round such weights again.
+
+    That is where a channel's weights are almost nothing beside its bias. A channel of zeros has no scale of its own
+    and is given the least one that its bias fits.
+    """
+    for layer in _biased_layers(gm):
+        quantizer = layer.weight
+        if quantizer.spec.ch_axis is None:
+            least = (layer.bias.abs().amax() / layer.input_scale / LARGEST_BIAS).expand_as(quantizer.scale)
+            empty = (quantizer.quantized == 0).all()
+        else:
+            groups = layer.bias.view(-1, len(quantizer.scale))
+            least = groups.abs().amax(dim=0) / layer.input_scale / LARGEST_BIAS
+            empty = (quantizer.quantized.movedim(quantizer.spec.ch_axis, 0).flatten(1) == 0).all(dim=1)
+        least = next_power_of_two(least.clamp(min=torch.finfo(least.dtype).tiny))
+        scale = torch.where(empty, least, torch.maximum(least, quantizer.scale))
+        quantizer.set_parameters(scale, quantizer.zero_point.clone(), getattr(gm, layer.weight_name))
+
+
+def input_quantizer(gm: fx.GraphModule, layer: fx.Node) -> ActivationFakeQuantize | None:
+    """Return the quantizer on whose grid the input of the weight operator ``layer`` lies; None if it is float."""
+    node = origin(input_node(layer), PASS_OPS)
+    quantizer = getattr(gm, str(node.target)) if node.op == "call_module" else None
+    return quantizer if isinstance(quantizer, ActivationFakeQuantize) else None
+
+
+@dataclass(frozen=True)
+class _BiasedLayer:
+    """A layer with a bias that is no computed one, a quantized weight and a quantized input."""
+
+    bias_name: str
+    bias: Tensor
+    """[output channels]"""
+    input_scale: Tensor
+    weight: WeightFakeQuantize
+    weight_name: str
+
+    def per_bias(self, step: Tensor) -> Tensor:
+        """Spread what is per weight scale over the bias: a grouped transposed convolution's groups share scales."""
+        return step.repeat(len(self.bias) // len(step)) if step.ndim else step
+
+
+def _biased_layers(gm: fx.GraphModule) -> Iterator[_BiasedLayer]:
+    for node in gm.graph.nodes:
+        if not is_weight_op(node):
+            continue
+        bias = argument(node, WEIGHT_OPS[node.target].bias, "bias", None)
+        weight, source = weight_node(node), input_quantizer(gm, node)
+        quantizer = getattr(gm, str(weight.target))
+        if isinstance(bias, fx.Node) and bias.op == "get_attr" and source is not None:
+            assert isinstance(quantizer, WeightFakeQuantize)
+            name = str(bias.target)
+            yield _BiasedLayer(name, getattr(gm, name), source.scale, quantizer, str(weight.all_input_nodes[0].target))
