@@ -16,6 +16,7 @@ from quiesce.data import Samples, check_like, gather
 from quiesce.errors import DataError, ModelError
 from quiesce.evaluate import Metrics, compare, outputs_of
 from quiesce.export.checkpoint import Checkpoint, check_storable, read_checkpoint, write_checkpoint
+from quiesce.export.program import export_program
 from quiesce.graph.backends import BACKENDS
 from quiesce.graph.bias import make_room_for_biases, round_biases
 from quiesce.graph.calibrate import calibrate
@@ -84,6 +85,20 @@ class QuantizedModel(nn.Module):
         """
         return write_checkpoint(
             Checkpoint(self.graph_module, self.result, self.recipe, self.preprocessing), Path(folder)
+        )
+
+    def export_program(self, path: Path | str, *, pt2e: bool = False, force: bool = False) -> Path:
+        """Write the network as a torch.export program (.pt2) with integer weights, which plain torch loads and runs.
+
+        ``pt2e`` writes quantization as the operators that tools of torch's PT2E quantization know (docs/deploy.md),
+        ``force`` replaces a file that is there.
+
+        Raises:
+            ModelError: torch.export refuses the graph, or ``pt2e`` is asked of a network that is not in float32.
+            OutputError: ``path`` is taken or can't be written.
+        """
+        return export_program(
+            self.graph_module, self.recipe, Path(path), preprocessing=self.preprocessing, pt2e=pt2e, force=force
         )
 
 
