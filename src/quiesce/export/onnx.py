@@ -29,7 +29,7 @@ from quiesce.errors import ModelError
 from quiesce.export.containers import StoredWeight, store_weight
 from quiesce.export.export import Export, require
 from quiesce.export.opset13 import OPSET as COMPAT_OPSET
-from quiesce.export.opset13 import lower
+from quiesce.export.opset13 import TRANSLATED, lower
 from quiesce.graph.backends import BACKENDS
 from quiesce.graph.capture import interface_of
 from quiesce.graph.rewrite import tidy
@@ -40,7 +40,6 @@ from quiesce.recipe import Recipe
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-TORCH_OPSET = 18
 IR_VERSIONS = {13: 8, 21: 10, 25: 13}
 """The oldest file format that has what the opset needs."""
 DOMAIN = "quiesce"
@@ -191,7 +190,7 @@ def _translated(graph: fx.GraphModule) -> ir.Model:
         with torch.no_grad(), _quiet():
             program = torch.export.export(_marked(graph), example, dynamic_shapes=free)
             translated = torch.onnx.export(
-                program, dynamo=True, opset_version=TORCH_OPSET, verbose=False, output_names=names
+                program, dynamo=True, opset_version=TRANSLATED, verbose=False, output_names=names
             )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]

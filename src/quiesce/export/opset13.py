@@ -15,7 +15,7 @@ from quiesce.errors import ModelError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OPSET = 13
+OPSET, TRANSLATED = 13, 18
 
 
 def lower(model: ir.Model) -> None:
@@ -25,6 +25,7 @@ def lower(model: ir.Model) -> None:
         ModelError: an operator, or an input or attribute of it, is not in opset 13.
     """
     for node in list(model.graph):
+        _drop_defaults(node)
         if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
             _axes_to_attribute(node)
         elif node.op_type == "Shape":
@@ -34,7 +35,7 @@ def lower(model: ir.Model) -> None:
         elif node.op_type == "Split":
             node.attributes.pop("num_outputs", None)  # without sizes opset 13 splits evenly, too
         elif node.op_type == "Reshape":
-            _drop_default(node, "allowzero", 0)
+            node.attributes.pop("allowzero", None)  # tells a size of 0 from one that is copied: there is none
     for node in model.graph:
         _check(node)
         node.version = None
@@ -52,7 +53,6 @@ def _axes_to_attribute(node: ir.Node) -> None:
         raise ModelError(f"opset 13 has no {node.op_type} over axes that are computed ({node.name}); leave out compat.")
     node.resize_inputs(1)
     node.attributes["axes"] = ir.AttrInt64s("axes", axes.numpy().tolist())
-    _drop_default(node, "noop_with_empty_axes", 0)
 
 
 def _slice_shape(graph: ir.Graph, node: ir.Node) -> None:
@@ -89,10 +89,19 @@ def _compose_hard_swish(graph: ir.Graph, node: ir.Node) -> None:
     ir.convenience.replace_nodes_and_values(graph, node, [node], [gate, product], [result], [product.outputs[0]])
 
 
-def _drop_default(node: ir.Node, name: str, default: int) -> None:
-    attribute = node.attributes.get(name)
-    if attribute is not None and attribute.as_int() == default:
-        del node.attributes[name]
+def _drop_defaults(node: ir.Node) -> None:
+    """Drop attributes that say what opset 13 does without them."""
+    import onnx
+
+    known = onnx.defs.get_schema(node.op_type, TRANSLATED, node.domain).attributes
+    for name, attribute in list(node.attributes.items()):
+        default = known[name].default_value
+        if default.type and onnx.helper.get_attribute_value(default) in (attribute.value, _encoded(attribute.value)):
+            del node.attributes[name]
+
+
+def _encoded(value: object) -> object:
+    return value.encode() if isinstance(value, str) else value
 
 
 def _check(node: ir.Node) -> None:

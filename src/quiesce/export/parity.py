@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quiesce.data import Samples
-from quiesce.evaluate import sqnr_db
+from quiesce.evaluate import outputs_of, sqnr_db
 from quiesce.graph.capture import interface_of
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers
 
@@ -71,20 +71,20 @@ def check_parity(
     the inputs that ONNX Runtime gave it, in float64, so that differences do not add up.
     """
     file, inside = _Session(path, []), _Session(path, list(_activations(graph)))
-    simulated, exported = [], []
-    for batch in samples.batches(batch_size):
-        flat = interface_of(graph).flatten(batch.args, batch.kwargs)
-        simulated.append(graph(*flat)[0])
-        exported.append(file(flat)[0])
-    y, other = torch.cat(simulated), torch.cat(exported)
-    differing = torch.nonzero(y.argmax(1) != other.argmax(1)).flatten() if y.ndim == 2 else torch.zeros(0).long()
-    at_tie = sum(_breaks_a_tie(graph, inside, samples.select(image.view(1))) for image in differing)
+    simulated = outputs_of(lambda *a, **k: graph(*interface_of(graph).flatten(a, k)), samples, batch_size)
+    exported = outputs_of(lambda *a, **k: file(interface_of(graph).flatten(a, k)), samples, batch_size)
+    differing = at_tie = 0
+    if len(simulated) == 1 and simulated[0].ndim == 2:
+        images = torch.nonzero(simulated[0].argmax(1) != exported[0].argmax(1))
+        differing = len(images)
+        at_tie = sum(_breaks_a_tie(graph, inside, samples.select(image)) for image in images)
+    pairs = [(y.double(), other.double()) for y, other in zip(simulated, exported, strict=True)]
     return Parity(
-        images=len(y),
-        largest_difference=float((y - other).abs().max()),
-        largest_output=float(y.abs().max()),
-        sqnr_db=sqnr_db([other], [y]),
-        top1_differs=len(differing),
+        images=len(samples),
+        largest_difference=max(float((y - other).abs().max()) for y, other in pairs),
+        largest_output=max(float(y.abs().max()) for y, _ in pairs),
+        sqnr_db=sqnr_db(exported, simulated),
+        top1_differs=differing,
         top1_differs_at_tie=at_tie,
         layers=_layer_parities(graph, inside, samples.select(slice(0, layer_images)), batch_size),
     )
@@ -94,8 +94,7 @@ def _layer_parities(graph: fx.GraphModule, inside: _Session, samples: Samples, b
     totals: dict[str, list[int]] = {}
     for batch in samples.batches(batch_size):
         flat = interface_of(graph).flatten(batch.args, batch.kwargs)
-        names = list(_activations(graph))
-        reference = _Float64(graph, dict(zip(names, inside(flat)[-len(names) :], strict=True)))
+        reference = _Float64(graph, inside.integers(flat))
         reference.run(*flat)
         for layer in reference.found:
             row = totals.setdefault(layer.quantizer, [0, 0, 0])
@@ -107,9 +106,8 @@ def _layer_parities(graph: fx.GraphModule, inside: _Session, samples: Samples, b
 def _breaks_a_tie(graph: fx.GraphModule, inside: _Session, image: Samples) -> bool:
     """True if on this image a tie was broken against float64, in the simulation or in the file."""
     flat = interface_of(graph).flatten(image.args, image.kwargs)
-    names = list(_activations(graph))
-    for integers in (inside(flat)[-len(names) :], _simulated_integers(graph, flat)):
-        reference = _Float64(graph, dict(zip(names, integers, strict=True)))
+    for integers in (inside.integers(flat), _simulated_integers(graph, flat)):
+        reference = _Float64(graph, integers)
         reference.run(*flat)
         if any(layer.ties_broken for layer in reference.found):
             return True
@@ -120,7 +118,7 @@ def _activations(graph: fx.GraphModule) -> dict[str, ActivationFakeQuantize]:
     return {n: q for n, q in fake_quantizers(graph).items() if isinstance(q, ActivationFakeQuantize)}
 
 
-def _simulated_integers(graph: fx.GraphModule, flat: list[Tensor]) -> list[Tensor]:
+def _simulated_integers(graph: fx.GraphModule, flat: list[Tensor]) -> dict[str, Tensor]:
     """Return what the simulation quantizes each activation to."""
     found: dict[str, Tensor] = {}
 
@@ -138,26 +136,32 @@ def _simulated_integers(graph: fx.GraphModule, flat: list[Tensor]) -> list[Tenso
     finally:
         for handle in handles:
             handle.remove()
-    return [found[name] for name in quantizers]
+    return found
 
 
 class _Session:
-    """A default session of ONNX Runtime on one file; ``quantizers`` names those whose integers come out behind the
-    outputs."""
+    """A default session of ONNX Runtime on one file, which also gives the integers of the named quantizers."""
 
     def __init__(self, path: Path, quantizers: list[str]) -> None:
         import onnx
         import onnxruntime
 
         model = onnx.load(path)
-        for name in quantizers:
-            model.graph.output.append(onnx.ValueInfoProto(name=f"{name.removesuffix('_quantizer')}_q"))
+        self.outputs = [output.name for output in model.graph.output]
+        self.quantizers = {name: f"{name.removesuffix('_quantizer')}_q" for name in quantizers}
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.quantizers.values())
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        self.inputs = [i.name for i in self.session.get_inputs()]
 
     def __call__(self, flat: list[Tensor]) -> list[Tensor]:
-        feed = {name: np.ascontiguousarray(x.numpy()) for name, x in zip(self.inputs, flat, strict=True)}
-        return [torch.from_numpy(y) for y in self.session.run(None, feed)]
+        return self._run(self.outputs, flat)
+
+    def integers(self, flat: list[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.quantizers, self._run(list(self.quantizers.values()), flat), strict=True))
+
+    def _run(self, names: list[str], flat: list[Tensor]) -> list[Tensor]:
+        inputs = [i.name for i in self.session.get_inputs()]
+        feed = {name: np.ascontiguousarray(x.numpy()) for name, x in zip(inputs, flat, strict=True)}
+        return [torch.from_numpy(y) for y in self.session.run(names, feed)] if names else []
 
 
 class _Float64(fx.Interpreter):
