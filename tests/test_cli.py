@@ -370,6 +370,18 @@ class TestReadRecipe:
         recipe = read_recipe(tmp_path / "r.toml", None, settings, weight_bits=5, granularity=None)
         assert recipe == Recipe.preset("brecq", seed=1, weight_bits=5, steps=6)
 
+    def test_a_backend_brings_its_settings_also_to_a_file_with_every_setting(self, tmp_path: Path) -> None:
+        expected = Recipe.preset("qdrop", backend="onnxruntime")
+        assert expected.weights.symmetric
+        assert read_recipe(None, None, [], backend="onnxruntime") == expected
+        assert read_recipe(None, None, ["backend=onnxruntime"]) == expected
+        (tmp_path / "r.toml").write_text(Recipe.preset("qdrop").to_toml())
+        assert read_recipe(tmp_path / "r.toml", None, [], backend="onnxruntime") == expected
+        with pytest.raises(RecipeError, match=r"weights.bits is 4, and backend 'tensorrt' demands 8"):
+            read_recipe(None, None, [], backend="tensorrt", weight_bits=4)
+        with pytest.raises(RecipeError, match=r"weights.symmetric is false"):
+            read_recipe(None, None, ["weight_symmetric=false"], backend="openvino")
+
     def test_a_file_and_a_preset_contradict(self, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="--recipe and --preset both"):
             read_recipe(tmp_path / "r.toml", "qdrop", [])

@@ -19,6 +19,7 @@ from quiesce.graph.calibrate import calibrate
 from quiesce.graph.capture import capture
 from quiesce.graph.fold import fold
 from quiesce.graph.ops import input_node, is_weight_op, origin, weight_node
+from quiesce.graph.partition import partition
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from quiesce.recipe import Recipe
 from small_nets import CASES, Lambda, call, captured, conv, outputs, placed
@@ -221,6 +222,14 @@ def test_at_8_bits_every_backend_stays_close_to_float(net: str, backend: str) ->
     folded, _ = fold(graph(net))
     sqnr = compare(outputs(call(gm), IMAGES), None, outputs(call(folded), IMAGES)).sqnr_db
     assert sqnr is not None and 25 < sqnr < 80
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+@pytest.mark.parametrize("net", ["residual", "downsample", "pools", "excitation", "shuffle"])
+def test_units_are_the_same_in_every_backend(net: str, granularity: str) -> None:
+    units = [partition(placed(graph(net), recipe(backend)), granularity) for backend in BACKENDS]
+    layers = [[(u.name, u.layers) for u in found] for found in units]
+    assert all(found == layers[0] for found in layers)
 
 
 def test_bits_of_further_tensors() -> None:
