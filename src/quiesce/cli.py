@@ -24,11 +24,13 @@ from quiesce.recipe import BACKENDS, GRANULARITIES, PRESETS, Recipe
 if TYPE_CHECKING:
     import torch
 
+    from quiesce.export.inspect import Inventory
     from quiesce.pipeline import Analysis
     from quiesce.result import Result, Run
 
 NONE = "–"
 _MODEL = "timm:NAME, torchvision:NAME, module.path:callable (runs your code), or FILE.pt2 (with --trust)."
+_STORED = "A folder that quantize or demo has written, or one of its files."
 _DATA = "an image folder, an .npz (x or images, y or labels), or module.path:callable (runs your code)"
 
 app = typer.Typer(
@@ -314,6 +316,22 @@ def analyze(
 
 
 @app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help=_STORED)],
+    json_file: Json = None,
+) -> None:
+    """Show what a file of a quantized network holds: bits, scales and bytes of each layer, and what it should take."""
+    from quiesce.export.inspect import inspect as read_inventory
+    from quiesce.outputs import write_text
+
+    inventory = read_inventory(path)
+    if json_file is not None:
+        write_text(json_file, json.dumps(inventory.to_dict(), indent=2) + "\n")
+    _print(_layers_table(inventory))
+    _print(_totals_table(inventory))
+
+
+@app.command()
 def report(
     folder: Folder,
 ) -> None:
@@ -473,6 +491,31 @@ def _analysis_table(analysis: Analysis, name: str) -> Table:
             NONE if capacity is None else f"{capacity:,.0f}",
             differentials[i] if i < len(differentials) else NONE,
             unit_of.get(module, ""),
+        )
+    return table
+
+
+def _layers_table(inventory: Inventory) -> Table:
+    table = Table("layer", "shape", title=inventory.path)
+    for column in ("bits", "stored bits", "scales", "integers, bytes", "scales and zero points, bytes"):
+        table.add_column(column, justify="right")
+    for row in inventory.layers:
+        numbers = (row.bits, row.stored_bits, row.scales, row.integer_bytes, row.grid_bytes)
+        table.add_row(row.layer, " × ".join(map(str, row.shape)), *[f"{n:,}" for n in numbers])
+    return table
+
+
+def _totals_table(inventory: Inventory) -> Table:
+    totals = inventory.totals
+    table = Table("", title="Totals")
+    for column in ("bytes", "the file in relation to it"):
+        table.add_column(column, justify="right")
+    table.add_row("file", f"{inventory.file_bytes:,}", "")
+    needed = "integers at their bits, scales, zero points, biases"
+    table.add_row(needed, f"{inventory.needed_bytes:,}", f"{totals['file_to_needed']:.3f} × as large")
+    for name in ("float32", "int8"):
+        table.add_row(
+            f"{name} weights", f"{totals[f'{name}_bytes']:,}", f"{totals[f'smaller_than_{name}']:.2f} × smaller"
         )
     return table
 
