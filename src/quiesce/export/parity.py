@@ -63,15 +63,23 @@ class Parity:
 
 @torch.no_grad()
 def check_parity(
-    graph: fx.GraphModule, path: Path, samples: Samples, *, layer_images: int = 32, batch_size: int = 32
+    graph: fx.GraphModule,
+    path: Path,
+    samples: Samples,
+    *,
+    simulated: list[Tensor] | None = None,
+    layer_images: int = 32,
+    batch_size: int = 32,
 ) -> Parity:
-    """Run ``samples`` through the simulated network (on the CPU) and through the file, and compare.
+    """Run ``samples`` through the simulated network (on the CPU) and through the ONNX file, and compare.
 
     Outputs are compared on all samples, and layer by layer on the first ``layer_images``: there each layer is given
-    the inputs that ONNX Runtime gave it, in float64, so that differences do not add up.
+    the inputs that ONNX Runtime gave it, in float64, so that differences do not add up. ``simulated`` are the
+    network's outputs, if they are there already.
     """
     file, inside = _Session(path, []), _Session(path, list(_activations(graph)))
-    simulated = outputs_of(lambda *a, **k: graph(*interface_of(graph).flatten(a, k)), samples, batch_size)
+    if simulated is None:
+        simulated = outputs_of(lambda *a, **k: graph(*interface_of(graph).flatten(a, k)), samples, batch_size)
     exported = outputs_of(lambda *a, **k: file(interface_of(graph).flatten(a, k)), samples, batch_size)
     differing = at_tie = 0
     if len(simulated) == 1 and simulated[0].ndim == 2:
