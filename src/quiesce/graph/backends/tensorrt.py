@@ -2,8 +2,9 @@
 
 int8 only, symmetric weights and activations: the integers of activations are −128 to 127, of which those behind a ReLU
 use one half. Inputs and weights of convolutions and linear layers are quantized, and the skip branch of an addition,
-which is then computed with the convolution on the other branch. Outputs are not quantized. The bias stays float.
-Source: developer guide, "Working with Quantized Types", section on recommended placement of quantizers.
+which is then computed with the convolution on the other branch. Outputs and biases are left float.
+Sources: NVIDIA, TensorRT documentation, "Working with Quantized Types" and "Explicit Quantization"; TensorFlow
+Quantization Toolkit, "Add Custom QDQ Insertion Case" (the residual connection).
 """
 
 from quiesce.graph.backends.backend import Backend
