@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from quiesce.errors import FileFormatError
 from quiesce.export.checkpoint import GRAPH_FILE, TENSOR_FILE, read_checkpoint
+from quiesce.export.export import require
 from quiesce.export.packing import packed_size
 from quiesce.files import read_safetensors
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers
@@ -119,6 +121,74 @@ def _saved_network(path: Path) -> Inventory:
     return Inventory(str(folder), tuple(layers), grids, sum(sizes.values()), file_bytes)
 
 
+def _onnx_file(path: Path) -> Inventory:
+    require(("onnx",), "onnx")
+    model = _read_onnx(path)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    sizes = {name: len(tensor.raw_data) or tensor.ByteSize() for name, tensor in tensors.items()}
+    bits = _stated_bits(path, model)
+    layers, grids = [], 0
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or not node.input:
+            continue
+        grid_bytes = sum(sizes.pop(name, 0) for name in node.input[1:])
+        if node.input[0] not in sizes:
+            grids += grid_bytes
+            continue
+        tensor, scale = tensors[node.input[0]], tensors.get(node.input[1])
+        stored = _width(path, tensor.data_type)
+        layers.append(
+            StoredLayer(
+                layer=_layer(tensor.name),
+                shape=tuple(tensor.dims),
+                bits=bits.get(tensor.name, stored),
+                stored_bits=stored,
+                scales=0 if scale is None else math.prod(scale.dims),
+                integer_bytes=sizes.pop(tensor.name),
+                grid_bytes=grid_bytes,
+            )
+        )
+    return Inventory(str(path), tuple(layers), grids, sum(sizes.values()), path.stat().st_size)
+
+
+def _read_onnx(path: Path) -> Any:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        # Other files that the file may name are not followed.
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise FileFormatError(f"{path} can't be read ({error.strerror}); give a file that is there.") from error
+    except (DecodeError, ValueError) as error:
+        raise FileFormatError(f"{path} is not an ONNX file, or a damaged one ({error}); export it again.") from error
+    if not model.graph.node:
+        raise FileFormatError(f"{path} is not an ONNX file, or a damaged one: it holds no network; export it again.")
+    return model
+
+
+def _stated_bits(path: Path, model: Any) -> dict[str, int]:
+    """Bits of each weight, which files of this program name: a container may be wider."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == "quiesce.bits"), "{}")
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict) or not all(type(b) is int and 2 <= b <= 8 for b in found.values()):
+            raise ValueError("not a table of bits")
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path} has metadata quiesce.bits that can't be read ({error}).") from error
+    return found
+
+
+def _width(path: Path, data_type: int) -> int:
+    import onnx
+
+    names = {number: name for name, number in onnx.TensorProto.DataType.items()}
+    name = names.get(data_type, "")
+    if not name.startswith(("INT", "UINT")):
+        raise FileFormatError(f"{path} dequantizes a tensor of type {name or data_type}, which is no integer.")
+    return int(name.partition("INT")[2])
+
+
 def _layer(quantizer: str) -> str:
     return quantizer.removesuffix("_quantizer").removesuffix("_weight")
 
@@ -127,5 +197,6 @@ _READERS: dict[str, Callable[[Path], Inventory]] = {
     "": _saved_network,
     ".json": _saved_network,
     ".safetensors": _saved_network,
+    ".onnx": _onnx_file,
 }
 """By suffix; a folder has none."""

