@@ -125,7 +125,9 @@ def recipe_of(backend: str, weight_bits: int, activation_bits: int, options: arg
     bits = {"weight_bits": weight_bits, "activation_bits": activation_bits, "backend": backend}
     if weight_bits == 8:
         return Recipe.preset("nearest", **bits)
-    return Recipe.preset("brecq-fast", **bits, steps=options.steps, batch_size=16)
+    # At 8 bits step sizes need no learning, and a ReLU6 whose grid ends above 6 is left float by ONNX Runtime.
+    learned = {"steps": options.steps, "batch_size": 16, "learn_step_sizes": activation_bits < 8}
+    return Recipe.preset("brecq-fast", **bits, **learned)
 
 
 def measure(case: Case, folder: Path, options: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -167,7 +169,7 @@ def simulate(case: Case, recipe: Recipe) -> tuple[QuantizedModel, list[Tensor]]:
     if _LAST.get("key") != key:
         prepared: Prepared = prepare(case.model, case.calibration, recipe, name=case.name)
         runs, _ = run(prepared, recipe)
-        network = QuantizedModel(prepared.graph, prepared.result(runs, recipe), recipe, None)
+        network = QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, None)
         _LAST.update(key=key, value=(network, outputs_of(network, case.test)))
     return _LAST["value"]
 
@@ -175,8 +177,9 @@ def simulate(case: Case, recipe: Recipe) -> tuple[QuantizedModel, list[Tensor]]:
 def export_float(case: Case, path: Path) -> None:
     if not path.exists():
         x = case.calibration[:2]
+        shapes = ({0: torch.export.Dim.DYNAMIC},)
         torch.onnx.export(
-            case.model, (x,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), external_data=False
+            case.model, (x,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
         )
 
 

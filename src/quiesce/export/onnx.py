@@ -115,6 +115,7 @@ def onnx_network(graph: fx.GraphModule, recipe: Recipe, form: Form) -> OnnxNetwo
     bounded = not form.float_bias and (two_bits or not BACKENDS[recipe.backend].integer_bias)
     opset = COMPAT_OPSET if form.compat else (25 if two_bits else 21)
     model = _translated(graph)
+    _pool_means(model.graph)
     if not form.compat:
         version_converter.convert_version(model, opset)
     _Writer(model, graph, weights, bounded).replace_markers()
@@ -200,6 +201,24 @@ def _translated(graph: fx.GraphModule) -> ir.Model:
         ) from error
     assert translated is not None
     return translated.model
+
+
+def _pool_means(graph: ir.Graph) -> None:
+    """Write means over all positions of images as global average pools, which runtimes compute on integers."""
+    import onnx_ir as ir
+
+    for node in [n for n in graph if n.op_type == "ReduceMean" and len(n.inputs) == 2]:
+        x, axes = node.inputs
+        if x is None or x.shape is None or axes is None:
+            continue
+        tensor, rank = ir.convenience.get_const_tensor(axes), len(x.shape)
+        if tensor is None or sorted(axis % rank for axis in tensor.numpy().tolist()) != list(range(2, rank)):
+            continue
+        keepdims = node.attributes.get("keepdims")
+        new = [_node("GlobalAveragePool", [x], f"{node.outputs[0].name}_pool")]
+        if keepdims is not None and not keepdims.as_int():
+            new.append(_node("Squeeze", [new[0].outputs[0], axes], f"{node.outputs[0].name}_squeezed"))
+        ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, new[-1].outputs)
 
 
 @contextmanager
