@@ -16,6 +16,7 @@ from quiesce.data import Samples, check_like, gather
 from quiesce.errors import DataError, ModelError
 from quiesce.evaluate import Metrics, compare, outputs_of
 from quiesce.export.checkpoint import Checkpoint, check_storable, read_checkpoint, write_checkpoint
+from quiesce.export.executorch import ExecutorchExport, export_executorch
 from quiesce.export.program import export_program
 from quiesce.graph.backends import BACKENDS
 from quiesce.graph.bias import make_room_for_biases, round_biases
@@ -100,6 +101,15 @@ class QuantizedModel(nn.Module):
         return export_program(
             self.graph_module, self.recipe, Path(path), preprocessing=self.preprocessing, pt2e=pt2e, force=force
         )
+
+    def export_executorch(self, path: Path | str, *, batch: int = 1, force: bool = False) -> ExecutorchExport:
+        """Write the network as an ExecuTorch program (.pte) for ``batch`` images a run, on integers where it can be.
+
+        Raises:
+            ModelError: executorch is not installed, or can't lower or run the network (docs/deploy.md).
+            OutputError: ``path`` is taken or can't be written.
+        """
+        return export_executorch(self.graph_module, Path(path), batch=batch, force=force)
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> QuantizedModel:

@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from quiesce.errors import ModelError
-from quiesce.graph.capture import Interface, Leaf, TensorForm, interface_of
+from quiesce.graph.capture import Interface, Leaf, interface_of
 from quiesce.graph.rewrite import tidy
 from quiesce.outputs import check_new, write_bytes
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize, fake_quantizers
@@ -71,14 +71,26 @@ def as_program(graph: fx.GraphModule, *, pt2e: bool = False) -> ExportedProgram:
     compute x · (1 / scale), which may round a value that lies between two integers the other way; to load such a
     program, ``torch.ao.quantization.fx._decomposed`` must have been imported.
     """
-    network = _with_integers(graph, pt2e)
-    interface = interface_of(graph)
-    examples = [torch.zeros(_example_shape(form), dtype=form.dtype) for form in interface.forms]
+    return trace(_with_integers(graph, pt2e), interface_of(graph))
+
+
+def trace(network: fx.GraphModule, interface: Interface, batch: int | None = None) -> ExportedProgram:
+    """Export the flat ``network`` on the CPU, called as ``interface`` says; ``batch`` fixes the batch size.
+
+    Raises:
+        ModelError: torch.export refuses it.
+    """
+    free = [batch or _BATCH, *[_FREE] * max(len(form.shape) for form in interface.forms)]
+    examples = [
+        torch.zeros([free[axis] if size is None else size for axis, size in enumerate(form.shape)], dtype=form.dtype)
+        for form in interface.forms
+    ]
     args, kwargs = pytree.tree_map(lambda leaf: examples[leaf.index], interface.inputs)
+    shapes = _dynamic_shapes(interface) if batch is None else None
     try:
         with torch.no_grad():
             program = torch.export.export(
-                _nested(network, interface), args, kwargs, dynamic_shapes=_dynamic_shapes(interface), strict=False
+                _nested(network, interface), args, kwargs, dynamic_shapes=shapes, strict=False
             )
     except Exception as error:
         reason = str(error).strip().split("\n\n")[0]
@@ -186,9 +198,9 @@ def _numbers(quantizer: FakeQuantize) -> tuple[float, int]:
 
 def _with_integers(graph: fx.GraphModule, pt2e: bool) -> fx.GraphModule:
     """Return a copy on the CPU whose fake-quantizers hold integers only, without the float weights they replaced."""
-    network = copy.deepcopy(graph).cpu()
+    network = on_cpu(graph)
     if pt2e:
-        _register_decomposed()
+        register_decomposed()
         _check_float32(network)
     weight, activation = (_DecomposedWeight, _DecomposedActivation) if pt2e else (_Weight, _Activation)
     for node in network.graph.nodes:
@@ -198,12 +210,19 @@ def _with_integers(graph: fx.GraphModule, pt2e: bool) -> fx.GraphModule:
                 node.args = ()
             kind = weight if isinstance(quantizer, WeightFakeQuantize) else activation
             setattr(network, node.target, kind(quantizer))
-        elif isinstance(node.kwargs.get("device"), torch.device):
-            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
     return tidy(network)
 
 
-def _register_decomposed() -> None:
+def on_cpu(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy on the CPU, tensors that the graph makes included."""
+    network = copy.deepcopy(graph).cpu()
+    for node in network.graph.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
+    return network
+
+
+def register_decomposed() -> None:
     """Importing the module is what registers the operators; torch has no public name for it."""
     import torch.ao.quantization.fx._decomposed  # noqa: F401
 
@@ -215,11 +234,6 @@ def _check_float32(graph: fx.GraphModule) -> None:
                 f"{name} has a scale in {quantizer.scale.dtype}, and PT2E operators take float32 only; "
                 "export without pt2e, or quantize the network in float32."
             )
-
-
-def _example_shape(form: TensorForm) -> list[int]:
-    free = [_BATCH, *[_FREE] * len(form.shape)]
-    return [free[axis] if size is None else size for axis, size in enumerate(form.shape)]
 
 
 def _dynamic_shapes(interface: Interface) -> tuple[Any, ...]:
