@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from quiesce.errors import ModelError
 from quiesce.export.program import on_cpu, register_decomposed, trace
-from quiesce.graph.capture import interface_of
+from quiesce.graph.capture import TensorForm, interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, is_relu, weight_node
 from quiesce.graph.rewrite import free_name, tidy
 from quiesce.outputs import check_new, write_bytes
@@ -312,18 +312,14 @@ def _lowered(program: ExportedProgram) -> bytes:
 
 def _compared(content: bytes, graph: fx.GraphModule, batch: int) -> float:
     """Run the program once on random images: some of what can be lowered does not run, or computes something else."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(batch, *map(int, form.shape[1:]), generator=generator).to(form.dtype)  # type: ignore[arg-type]
-        for form in interface_of(graph).forms
-    ]
+    inputs = [_example(form, batch) for form in interface_of(graph).forms]
     with torch.no_grad():
         expected = graph(*inputs)
     try:
         outputs = run_executorch(content, inputs)
     except Exception as error:
         raise ModelError(f"ExecuTorch lowers the network but can't run it; its runtime says: {error}") from error
-    difference = torch.cat([(a - b).double().flatten() for a, b in zip(outputs, expected, strict=True)])
+    difference = torch.cat([(a.double() - b.double()).flatten() for a, b in zip(outputs, expected, strict=True)])
     reference = torch.cat([b.double().flatten() for b in expected])
     relative = (difference.norm() / reference.norm()).item() if difference.any() else 0.0
     if not relative < MOST_ERROR:
@@ -332,6 +328,14 @@ def _compared(content: bytes, graph: fx.GraphModule, batch: int) -> float:
             "its XNNPACK backend does not know how to lower this network."
         )
     return relative
+
+
+def _example(form: TensorForm, batch: int) -> Tensor:
+    """Random values; zeros for integers, which may be indices."""
+    shape = (batch, *(size or 0 for size in form.shape[1:]))
+    if not form.dtype.is_floating_point:
+        return torch.zeros(shape, dtype=form.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=form.dtype)
 
 
 def run_executorch(content: bytes, inputs: list[Tensor]) -> list[Tensor]:
