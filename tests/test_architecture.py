@@ -38,7 +38,7 @@ FLOORS = (
     {"reconstruct"},
     {"export", "report"},
     {"pipeline", ""},
-    {"models", "demo", "cli"},
+    {"weights", "models", "demo", "cli"},
 )
 PACKAGE = Path(quiesce.__file__).parent
 

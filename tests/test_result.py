@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,47 @@ def test_a_run_of_another_form_is_refused(damage: dict[str, object]) -> None:
     data["runs"][0] |= damage
     with pytest.raises(FileFormatError):
         Result.from_dict(data)
+
+
+WRONG = {
+    "model": [3, None],
+    "float": [[], 3],
+    "runs": [[], {}],
+    "versions": [{"torch": 3}],
+    "hardware": ["x"],
+    "runs[0].seed": ["0", 1.5, True, None],
+    "runs[0].top1": ["92", []],
+    "runs[0].units": [[3], ["a"], [[3]]],
+    "runs[0].module_losses": [{"a": None}, []],
+    "runs[0].guard": [3],
+    "runs[0].unit_records[0].loss_curve": [[[None, 1]], [1]],
+    "runs[0].unit_records[0].reused": [1],
+}
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_values_of_another_kind_are_refused_and_named(path: str) -> None:
+    *outer, name = re.findall(r"\w+", path)
+    for value in WRONG[path]:
+        data = inner = json.loads(result().to_json())
+        for key in outer:
+            inner = inner[int(key) if key.isdigit() else key]
+        inner[name] = value
+        with pytest.raises(FileFormatError, match=f"at {re.escape(path)}"):
+            Result.from_dict(data)
+
+
+def test_whole_numbers_do_for_floats() -> None:
+    data = json.loads(result().to_json())
+    data["runs"][0]["peak_loss"] = 3
+    assert Result.from_dict(data).run.peak_loss == 3
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "9" * 30, "9" * 5000])
+def test_numbers_that_json_lacks_are_not_read(number: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(result().to_json().replace('"seed": 0', f'"seed": {number}', 1))
+    with pytest.raises(FileFormatError, match=r"result\.json is not valid JSON"):
+        Result.read(tmp_path / "result.json")
 
 
 def test_versions_and_hardware_name_what_decides_the_numbers() -> None:

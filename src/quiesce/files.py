@@ -61,18 +61,13 @@ def read_json(path: Path) -> Any:
     Raises:
         FileFormatError: it can't be read, is not valid JSON, too large, or nested too deeply.
     """
-    return parse_json(read_bytes(path, MOST_TEXT), str(path))
-
-
-def parse_json(data: bytes, where: str) -> Any:
+    data = read_bytes(path, MOST_TEXT)
     try:
-        value = json.loads(data.decode("utf-8"))
-        check_levels(value)
+        return _parse(data)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(
-            f"{where} is not valid JSON ({error}); it may be truncated, get it again or run again."
+            f"{path} is not valid JSON ({error}); it may be truncated, get it again or run again."
         ) from error
-    return value
 
 
 def check_levels(value: Any) -> None:
@@ -94,10 +89,10 @@ def read_safetensors(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
     """
     data = read_bytes(path)
     try:
-        return data, _table(data, str(path))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return data, _table(data)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(
-            f"{path} is not a whole safetensors file ({error}); it may be truncated, get it again."
+            f"{path} can't be read as safetensors ({error}); it may be truncated, get it again."
         ) from error
 
 
@@ -117,16 +112,37 @@ def tensors_of(data: bytes, path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load(data)
     except Exception as error:  # the library's own, and torch's for dtypes and shapes that it lacks
-        raise FileFormatError(f"{path} can't be read ({error}); get it again.") from error
+        raise FileFormatError(f"{path} can't be read as safetensors ({error}); get it again.") from error
     return tensors
 
 
-def _table(data: bytes, where: str) -> dict[str, StoredTensor]:
+def _parse(data: bytes) -> Any:
+    value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite, parse_int=_of_64_bits)
+    check_levels(value)
+    return value
+
+
+def _finite(text: str) -> float:
+    """Python reads Infinity, NaN and 1e999, which JSON does not have and this package does not write."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a number of JSON")
+    return value
+
+
+def _of_64_bits(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{text[:30]} has more than 64 bits")
+    return value
+
+
+def _table(data: bytes) -> dict[str, StoredTensor]:
     """Parse the header: its length (8 bytes, little-endian), JSON, and then the bytes of the tensors, without gaps."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, MOST_TEXT):
         raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
-    header = parse_json(data[8 : 8 + length], f"the header of {where}")
+    header = _parse(data[8 : 8 + length])
     rows = {name: row for name, row in header.items() if name != "__metadata__"}
     table, end = {}, 0
     for name, row in sorted(rows.items(), key=lambda item: tuple(item[1]["data_offsets"])):

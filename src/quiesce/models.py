@@ -14,6 +14,7 @@ from quiesce import preprocess
 from quiesce.dotted import DOTTED, call_dotted
 from quiesce.errors import FileFormatError, ModelError, nearest_name
 from quiesce.preprocess import Preprocessing
+from quiesce.weights import read_state
 
 RANDOM = "random"
 _SHOWN = 3
@@ -118,31 +119,7 @@ def _first(keys: list[str]) -> str:
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"weight file {path} is not there; give a .safetensors, .pt or .pth file that exists.")
-    try:
-        state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled_tensors(path)
-    except Exception as error:  # each library has its own kinds for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileFormatError(
-            f"weight file {path} can't be read ({reason}); save model.state_dict() again, "
-            "as .safetensors or by torch.save."
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise FileFormatError(f"weight file {path} holds no state dict (names to tensors); save model.state_dict().")
-    return dict(state)
-
-
-def _read_safetensors(path: Path) -> Any:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def _read_pickled_tensors(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_state(path)
 
 
 def _load_timm(name: str, weights: str | Path | None) -> LoadedModel:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -117,11 +119,36 @@ class Result:
             )
         try:
             runs = [_run(r) for r in data["runs"]]
-            return cls(**{**{f.name: data[f.name] for f in fields(cls)}, "runs": runs})
-        except (KeyError, TypeError) as error:
+            result = cls(**{**{f.name: data[f.name] for f in fields(cls)}, "runs": runs})
+        except (KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(
                 f"{where} lacks or garbles the entry {error}; run again to get a whole result."
             ) from error
+        wrong = [path for path in _misfits(result, cls, "") if path] + ([] if result.runs else [".runs"])
+        if wrong:
+            raise FileFormatError(
+                f"{where} holds something else than it should at {wrong[0][1:]}; run again to get a whole result."
+            )
+        return result
+
+
+def _misfits(value: Any, kind: Any, path: str) -> Iterator[str]:
+    """Yield where nested data is not of the kinds that its annotations name."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        for name, inner in get_type_hints(kind).items():
+            yield from _misfits(getattr(value, name), inner, f"{path}.{name}")
+    elif origin is list and isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _misfits(inner, arguments[0], f"{path}[{i}]")
+    elif origin is dict and isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _misfits(inner, arguments[1], f"{path}.{key}")
+    elif origin is UnionType:
+        if all(any(_misfits(value, option, path)) for option in arguments):
+            yield path
+    elif kind is not Any and type(value) not in ((float, int) if kind is float else (kind,)):
+        yield path
 
 
 def _run(data: dict[str, Any]) -> Run:
