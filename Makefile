@@ -26,7 +26,7 @@ format: $(TEST_STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable ".[onnx]"
 	touch $@
 
 $(TEST_STAMP): $(STAMP)

@@ -17,9 +17,14 @@ HEAD = (
 
 
 def table(result: Result) -> str:
-    """Return the README's table: the float network, then one row a run."""
+    """Return the README's table: the float network, one row a run, one an exported file."""
     rows = [f"| float | | {result.float['top1']:.2f} | | | | |"]
-    return "\n".join([*HEAD, *rows, *map(row, result.runs)])
+    kept = result.run
+    files = [
+        f"| {kept.preset}, `{export.file}` in {export.runtime} | {kept.granularity} | {export.top1:.2f} | | | | |"
+        for export in result.exports
+    ]
+    return "\n".join([*HEAD, *rows, *map(row, result.runs), *files])
 
 
 def row(run: Run) -> str:

@@ -28,7 +28,7 @@ from quiesce.recipe import (
     ReconstructionRecipe,
     WeightRecipe,
 )
-from quiesce.result import Run, UnitRecord
+from quiesce.result import ExportRecord, Run, UnitRecord
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -157,7 +157,13 @@ def test_preset_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("title", "kind"), [("Top level", Result), ("`runs[]`", Run), ("`runs[].unit_records[]`", UnitRecord)]
+    ("title", "kind"),
+    [
+        ("Top level", Result),
+        ("`runs[]`", Run),
+        ("`runs[].unit_records[]`", UnitRecord),
+        ("`exports[]`", ExportRecord),
+    ],
 )
 def test_result_page_holds_every_entry(title: str, kind: type) -> None:
     documented = [names(cells[0])[0] for cells in rows(section(read("docs/result.md"), title))]

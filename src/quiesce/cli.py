@@ -18,19 +18,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
+from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError, nearest_name
+from quiesce.export.export import EXPORT_OPTIONS
 from quiesce.recipe import BACKENDS, GRANULARITIES, PRESETS, Recipe
 
 if TYPE_CHECKING:
     import torch
 
+    from quiesce.data import Samples
     from quiesce.export.inspect import Inventory
-    from quiesce.pipeline import Analysis
+    from quiesce.export.parity import Parity
+    from quiesce.pipeline import Analysis, QuantizedModel
     from quiesce.result import Result, Run
 
 NONE = "–"
 _MODEL = "timm:NAME, torchvision:NAME, module.path:callable (runs your code), or FILE.pt2 (with --trust)."
-_STORED = "A folder that quantize or demo has written, or one of its files."
+_STORED = "A folder that quantize or demo has written, one of its files, or an ONNX file."
 _DATA = "an image folder, an .npz (x or images, y or labels), or module.path:callable (runs your code)"
 
 app = typer.Typer(
@@ -93,6 +96,16 @@ Settings = Annotated[
     list[str] | None,
     _option("Any key of a recipe file, such as granularity.k=3. Repeatable.", "KEY=VALUE", "--set", panel=_RECIPE),
 ]
+
+ExportForm = Annotated[str, _option(f"{', '.join(EXPORT_OPTIONS)}.", "NAME", "--format")]
+ExportOut = Annotated[Path | None, _option("The file.", "FILE", "--out", show_default="DIR/quantized with a suffix")]
+Compat = Annotated[bool, _option("Integers of 8 bits only, and opset 13: onnx, openvino.", None, "--compat")]
+Symmetric = Annotated[bool, _option("Weights with zero points of 0: onnx, openvino.", None, "--symmetric")]
+Pt2e = Annotated[bool, _option("Operators of quantized_decomposed: program.", None, "--pt2e")]
+RunBatch = Annotated[int | None, _option("Images a run: executorch.", "N", "--batch", min=1, show_default="1")]
+Check = Annotated[str | None, _option(f"Compare with the simulation on images: onnx. {_DATA}.", "DATA")]
+CheckImages = Annotated[int, _option("Most images to compare on.", "N", min=1)]
+ForceFile = Annotated[bool, _option("Replace the file if it is there.", None, "--force")]
 
 Weights = Annotated[
     str | None,
@@ -316,6 +329,49 @@ def analyze(
 
 
 @app.command()
+def export(
+    folder: Folder,
+    form: ExportForm,
+    out: ExportOut = None,
+    compat: Compat = False,
+    symmetric: Symmetric = False,
+    pt2e: Pt2e = False,
+    batch: RunBatch = None,
+    check: Check = None,
+    images: CheckImages = 2000,
+    force: ForceFile = False,
+) -> None:
+    """Write a saved network in a form that another program runs."""
+    if form not in EXPORT_OPTIONS:
+        raise ModelError(f"--format {form!r} is unknown.{nearest_name(form, EXPORT_OPTIONS)}")
+    options = {"compat": compat, "symmetric": symmetric, "pt2e": pt2e, "batch": batch}
+    given = {name: value for name, value in options.items() if value}
+    for name in given:
+        if name not in EXPORT_OPTIONS[form]:
+            raise ModelError(f"--{name} is not for --format {form}; it is for {_formats_with(name)}.")
+    if check is not None and form != "onnx":
+        raise ModelError("--check runs the file in ONNX Runtime; it is for --format onnx.")
+
+    import quiesce
+    from quiesce.outputs import EXPORT_NAME, check_new
+    from quiesce.pipeline import EXPORTS
+
+    target = EXPORTS[form]
+    path = folder / f"{EXPORT_NAME}{target.suffix}" if out is None else out
+    check_new(path, force)
+    quantized = quiesce.load(folder)
+    samples = None if check is None else _check_samples(quantized, check, images)
+    written = target.write(quantized, path, force=force, **given)
+    _print(f"{written.path}: {written.format}, {written.bytes:,} bytes")
+    for note in written.notes:
+        _print(f"- {note}")
+    if samples is not None:
+        from quiesce.export.parity import check_parity
+
+        _print(_parity_table(check_parity(quantized.graph_module, path, samples)))
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help=_STORED)],
     json_file: Json = None,
@@ -456,6 +512,10 @@ def results_table(result: Result) -> Table:
     table.add_row("float", NONE, "32/32", _fixed(result.float.get("top1"), 2), *[NONE] * 6)
     for run in result.runs:
         table.add_row(*_result_row(run))
+    for export in result.exports:
+        if export.runtime is not None:
+            row = _result_row(result.run)
+            table.add_row(f"{export.file} in {export.runtime}", *row[1:3], _fixed(export.top1, 2), *[NONE] * 6)
     return table
 
 
@@ -492,6 +552,31 @@ def _analysis_table(analysis: Analysis, name: str) -> Table:
             differentials[i] if i < len(differentials) else NONE,
             unit_of.get(module, ""),
         )
+    return table
+
+
+def _formats_with(option: str) -> str:
+    return " and ".join(form for form, options in EXPORT_OPTIONS.items() if option in options)
+
+
+def _check_samples(quantized: QuantizedModel, data: str, images: int) -> Samples:
+    from quiesce.data import load_data
+    from quiesce.preprocess import Preprocessing
+
+    stored = quantized.preprocessing
+    preprocessing = None if stored is None else Preprocessing.from_dict(stored)
+    return load_data(data, preprocessing, limit=images, seed=quantized.recipe.seed, what="check")
+
+
+def _parity_table(parity: Parity) -> Table:
+    table = Table("the file in ONNX Runtime, against the simulation", "", title=f"{parity.images:,} images")
+    table.add_row("largest difference of an output", f"{parity.largest_difference:.3g} of {parity.largest_output:.3g}")
+    table.add_row("SQNR of the outputs, dB", "equal" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f}")
+    table.add_row("images with another top-1", f"{parity.top1_differs}")
+    table.add_row("… where a rounding tie was broken the other way", f"{parity.top1_differs_at_tie}")
+    table.add_row("integers compared, layer by layer", f"{parity.values:,}")
+    table.add_row("… that differ at a rounding tie", f"{parity.ties_broken:,}")
+    table.add_row("… that differ elsewhere", f"{parity.mismatches:,}")
     return table
 
 

@@ -17,6 +17,9 @@ from quiesce.errors import DataError, ModelError
 from quiesce.evaluate import Metrics, compare, outputs_of
 from quiesce.export.checkpoint import Checkpoint, check_storable, read_checkpoint, write_checkpoint
 from quiesce.export.executorch import ExecutorchExport, export_executorch
+from quiesce.export.export import Export
+from quiesce.export.onnx import export_onnx
+from quiesce.export.openvino import export_openvino
 from quiesce.export.program import export_program
 from quiesce.graph.backends import BACKENDS
 from quiesce.graph.bias import make_room_for_biases, round_biases
@@ -88,7 +91,32 @@ class QuantizedModel(nn.Module):
             Checkpoint(self.graph_module, self.result, self.recipe, self.preprocessing), Path(folder)
         )
 
-    def export_program(self, path: Path | str, *, pt2e: bool = False, force: bool = False) -> Path:
+    def export_onnx(
+        self, path: Path | str, *, compat: bool = False, symmetric: bool = False, force: bool = False
+    ) -> Export:
+        """Write the network as ONNX with integer weights, packed at 2, 4 or 8 bits; it runs in ONNX Runtime.
+
+        ``compat`` writes opset 13 with 8-bit integers, ``symmetric`` weights whose zero points are 0, ``force``
+        replaces a file that is there.
+
+        Raises:
+            ModelError: onnx, onnxscript or onnxruntime is not installed, or ONNX lacks what the network needs.
+            OutputError: ``path`` is taken or can't be written.
+        """
+        return self._export(export_onnx, path, compat=compat, symmetric=symmetric, force=force)
+
+    def export_openvino(
+        self, path: Path | str, *, compat: bool = False, symmetric: bool = False, force: bool = False
+    ) -> Export:
+        """Write the network for OpenVINO: ``path`` (.xml) and the .bin beside it; settings as :meth:`export_onnx`.
+
+        Raises:
+            ModelError: openvino is not installed, or can't convert the network.
+            OutputError: a file is taken or can't be written.
+        """
+        return self._export(export_openvino, path, compat=compat, symmetric=symmetric, force=force)
+
+    def export_program(self, path: Path | str, *, pt2e: bool = False, force: bool = False) -> Export:
         """Write the network as a torch.export program (.pt2) with integer weights, which plain torch loads and runs.
 
         ``pt2e`` writes quantization as the operators that tools of torch's PT2E quantization know (docs/deploy.md),
@@ -98,9 +126,7 @@ class QuantizedModel(nn.Module):
             ModelError: torch.export refuses the graph, or ``pt2e`` is asked of a network that is not in float32.
             OutputError: ``path`` is taken or can't be written.
         """
-        return export_program(
-            self.graph_module, self.recipe, Path(path), preprocessing=self.preprocessing, pt2e=pt2e, force=force
-        )
+        return self._export(export_program, path, pt2e=pt2e, force=force)
 
     def export_executorch(self, path: Path | str, *, batch: int = 1, force: bool = False) -> ExecutorchExport:
         """Write the network as an ExecuTorch program (.pte) for ``batch`` images a run, on integers where it can be.
@@ -110,6 +136,27 @@ class QuantizedModel(nn.Module):
             OutputError: ``path`` is taken or can't be written.
         """
         return export_executorch(self.graph_module, Path(path), batch=batch, force=force)
+
+    def _export(self, write: Callable[..., Export], path: Path | str, **settings: bool) -> Export:
+        return write(self.graph_module, self.recipe, Path(path), preprocessing=self.preprocessing, **settings)
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A form in which other programs run a network."""
+
+    write: Callable[..., Export]
+    """Called as ``write(network, path, force=…, …)``, with the settings of ``EXPORT_OPTIONS``."""
+    suffix: str
+
+
+EXPORTS: dict[str, ExportFormat] = {
+    "onnx": ExportFormat(QuantizedModel.export_onnx, ".onnx"),
+    "openvino": ExportFormat(QuantizedModel.export_openvino, ".xml"),
+    "program": ExportFormat(QuantizedModel.export_program, ".pt2"),
+    "executorch": ExportFormat(QuantizedModel.export_executorch, ".pte"),
+}
+"""Formats by name."""
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> QuantizedModel:

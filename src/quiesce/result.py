@@ -81,6 +81,22 @@ class Run:
 
 
 @dataclass
+class ExportRecord:
+    """A file that another program runs."""
+
+    file: str
+    """Its name, in the folder of the result."""
+    format: str
+    bytes: int
+    runtime: str | None = None
+    """Program and version in which it was run on the evaluation data."""
+    top1: float | None = None
+    """Share of correct labels there, in per cent."""
+    notes: list[str] = field(default_factory=list)
+    """Where a container is wider than the bits, or an operator was added: which tensors, and why."""
+
+
+@dataclass
 class Result:
     """Everything a run leaves to be read: ``result.json``."""
 
@@ -90,6 +106,7 @@ class Result:
     recipe: dict[str, Any]
     versions: dict[str, str]
     hardware: dict[str, Any]
+    exports: list[ExportRecord] = field(default_factory=list)
     schema: int = SCHEMA
 
     @property
@@ -118,8 +135,11 @@ class Result:
                 f"{where} is not a result of schema {SCHEMA}; it was written by another program or version."
             )
         try:
-            runs = [_run(r) for r in data["runs"]]
-            result = cls(**{**{f.name: data[f.name] for f in fields(cls)}, "runs": runs})
+            lists = {
+                "runs": [_run(r) for r in data["runs"]],
+                "exports": [ExportRecord(**e) for e in data["exports"]],
+            }
+            result = cls(**{**{f.name: data[f.name] for f in fields(cls) if f.name not in lists}, **lists})
         except (KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(
                 f"{where} lacks or garbles the entry {error}; run again to get a whole result."

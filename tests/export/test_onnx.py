@@ -115,7 +115,7 @@ def test_weights_are_packed_in_the_narrowest_container(weight_bits: int, symmetr
             integers = numpy_helper.to_array(tensor).astype(np.int16)
             assert np.array_equal(integers, quantizer.quantized_weight().numpy().astype(np.int16))
     notes = " ".join(export.notes)
-    assert ("weights of 3 bits are stored as" in notes) == (weight_bits == 3)
+    assert ("weights of 3 bits: stored as" in notes) == (weight_bits == 3)
 
 
 def test_compat_is_opset_13_with_integers_of_8_bits(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_compat_is_opset_13_with_integers_of_8_bits(tmp_path: Path) -> None:
     export = exported(network, tmp_path, compat=True)
     assert opset(export.path) == 13
     assert {t.data_type for t in weights(export.path).values()} == {onnx.TensorProto.UINT8}
-    assert any("of 2 bits are stored as UINT8" in note for note in export.notes)
+    assert any("of 2 bits: stored as UINT8" in note for note in export.notes)
 
 
 def test_symmetric_files_have_zero_points_of_0(tmp_path: Path) -> None:

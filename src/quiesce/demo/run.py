@@ -1,4 +1,4 @@
-"""The demo: one network, one table, six ways to quantize it to 2-bit weights and 4-bit activations."""
+"""The demo: one network, one table, six ways to quantize it to 2-bit weights and 4-bit activations, and a file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from quiesce.data import Samples
 from quiesce.demo.assets import load_images, load_network, preprocessing
+from quiesce.evaluate import compare, outputs_of
+from quiesce.export.export import require
+from quiesce.export.parity import OnnxSession
+from quiesce.outputs import EXPORT_NAME
 from quiesce.pipeline import QuantizedModel, prepare, run
 from quiesce.progress import ProgressCallback
 from quiesce.recipe import Recipe
 from quiesce.report.html import write_report
-from quiesce.result import Result, Run
+from quiesce.result import ExportRecord, Result, Run
 
 STEPS = 200
 """Steps a unit, so that all methods together take minutes on two CPU cores; the presets take more."""
@@ -37,8 +43,10 @@ def recipes(seed: int) -> dict[str, Recipe]:
 def run_demo(out: Path, seed: int, progress: ProgressCallback | None = None) -> Result:
     """Quantize the embedded network by every recipe and write the last one's network, result and report to ``out``.
 
-    All rows optimize on the same images: those that the guard holds out are held out from all of them.
+    The network is written as ONNX too, and that file is run on the test images in ONNX Runtime. All rows optimize on
+    the same images: those that the guard holds out are held out from all of them.
     """
+    require(("onnx", "onnxscript", "onnxruntime"), "onnx")
     with _one_thread():
         return _run_rows(out, seed, progress)
 
@@ -56,9 +64,23 @@ def _run_rows(out: Path, seed: int, progress: ProgressCallback | None) -> Result
         block = done if name == "qdrop" else block
         runs += made
     result = prepared.result(runs, final)
-    QuantizedModel(prepared.network(final), result, final, preprocessing()).save(out)
+    network = QuantizedModel(prepared.network(final), result, final, preprocessing())
+    network.save(out)
+    result.exports.append(_exported(network, out / f"{EXPORT_NAME}.onnx", test, labels))
+    result.write(out / "result.json")
     write_report(result, out / "report.html")
     return result
+
+
+def _exported(network: QuantizedModel, path: Path, test: Tensor, labels: Tensor) -> ExportRecord:
+    """Write the network as ONNX and measure the file as its users will run it."""
+    import onnxruntime
+
+    export = network.export_onnx(path)
+    session = OnnxSession(path)
+    metrics = compare(outputs_of(lambda x: session([x]), Samples((test,))), labels, None)
+    runtime = f"ONNX Runtime {onnxruntime.__version__}"
+    return ExportRecord(path.name, export.format, export.bytes, runtime, metrics.top1, list(export.notes))
 
 
 @contextmanager

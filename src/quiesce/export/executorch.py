@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 from quiesce.errors import ModelError
+from quiesce.export.export import Export
 from quiesce.export.program import on_cpu, register_decomposed, trace
 from quiesce.graph.capture import TensorForm, interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, is_relu, weight_node
@@ -37,16 +38,14 @@ _INT8 = (-128, 127, torch.int8)
 
 
 @dataclass(frozen=True)
-class ExecutorchExport:
+class ExecutorchExport(Export):
     """What was written."""
 
-    path: Path
-    bytes: int
-    relative_error: float
+    relative_error: float = 0.0
     """‖y − ŷ‖ / ‖y‖ of the outputs against the simulation's, on one batch of random images."""
-    integer_weights: tuple[str, ...]
+    integer_weights: tuple[str, ...] = ()
     """Weights that are stored as int8 and computed with on integers."""
-    float_weights: tuple[str, ...]
+    float_weights: tuple[str, ...] = ()
     """Weights that are stored in float32, as ExecuTorch has no integer kernel for how their layer is quantized."""
 
 
@@ -76,12 +75,16 @@ def export_executorch(graph: fx.GraphModule, path: Path, *, batch: int = 1, forc
     relative_error = _compared(content, graph, batch)
     write_bytes(path, content)
     weights = [n for n, q in fake_quantizers(graph).items() if isinstance(q, WeightFakeQuantize)]
+    floats = tuple(n.removesuffix("_quantizer") for n in weights if n not in integer)
     return ExecutorchExport(
         path,
+        f"ExecuTorch program for {batch} images",
         len(content),
-        relative_error,
-        tuple(n.removesuffix("_quantizer") for n in weights if n in integer),
-        tuple(n.removesuffix("_quantizer") for n in weights if n not in integer),
+        notes=(f"weights in float32, as there is no integer kernel for their layers: {', '.join(floats)}",)
+        * bool(floats),
+        relative_error=relative_error,
+        integer_weights=tuple(n.removesuffix("_quantizer") for n in weights if n in integer),
+        float_weights=floats,
     )
 
 

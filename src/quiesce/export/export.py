@@ -7,6 +7,14 @@ from pathlib import Path
 
 from quiesce.errors import ModelError
 
+EXPORT_OPTIONS = {
+    "onnx": ("compat", "symmetric"),
+    "openvino": ("compat", "symmetric"),
+    "program": ("pt2e",),
+    "executorch": ("batch",),
+}
+"""Formats of files for other programs, and the settings of each; how they are written is in ``pipeline.EXPORTS``."""
+
 
 @dataclass(frozen=True)
 class Export:

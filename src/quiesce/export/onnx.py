@@ -67,6 +67,7 @@ class OnnxNetwork:
     serialized: bytes
     opset: int
     notes: tuple[str, ...]
+    metadata: dict[str, str]
 
 
 def export_onnx(
@@ -74,6 +75,7 @@ def export_onnx(
     recipe: Recipe,
     path: Path,
     *,
+    preprocessing: dict[str, Any] | None = None,
     compat: bool = False,
     symmetric: bool = False,
     force: bool = False,
@@ -83,6 +85,7 @@ def export_onnx(
     Args:
         graph: a quantized network on any device; not changed.
         recipe: of the network; goes into the file's metadata.
+        preprocessing: what its images need, as plain data; goes there too.
         compat: opset 13 with 8-bit containers, for runtimes that know no 4- or 2-bit integers.
         symmetric: store all weights with zero points of 0, the same values in wider containers.
         force: replace a file that is there.
@@ -93,13 +96,15 @@ def export_onnx(
         OutputError: ``path`` is taken or can't be written.
     """
     check_new(path, force)
-    network = onnx_network(graph, recipe, Form(compat=compat, symmetric=symmetric))
+    network = onnx_network(graph, recipe, Form(compat=compat, symmetric=symmetric), preprocessing)
     _open_in_onnxruntime(network.serialized)
     write_bytes(path, network.serialized)
     return Export(path, f"ONNX, opset {network.opset}", len(network.serialized), network.notes)
 
 
-def onnx_network(graph: fx.GraphModule, recipe: Recipe, form: Form) -> OnnxNetwork:
+def onnx_network(
+    graph: fx.GraphModule, recipe: Recipe, form: Form, preprocessing: dict[str, Any] | None = None
+) -> OnnxNetwork:
     """Return the quantized network as an ONNX file.
 
     ONNX Runtime turns float biases in front of a QuantizeLinear into integers of scale s_x · s_w, looking through ReLU
@@ -122,12 +127,14 @@ def onnx_network(graph: fx.GraphModule, recipe: Recipe, form: Form) -> OnnxNetwo
     if form.compat:
         lower(model)
     notes = _notes(graph, weights, bounded)
-    _describe(model, recipe, weights, notes)
+    about = {"recipe": recipe.to_toml(), "seed": str(recipe.seed), "preprocessing": json.dumps(preprocessing)}
+    metadata = _described(about, weights, notes)
+    _finish(model, metadata)
     model.ir_version = IR_VERSIONS[opset]
     serialized = to_proto(model).SerializeToString()
     if len(serialized) > _LONGEST_PROTOBUF:
         raise ModelError(f"the ONNX file would have {len(serialized):,} bytes; one file can't have more than 2 GB.")
-    return OnnxNetwork(serialized, opset, notes)
+    return OnnxNetwork(serialized, opset, notes, metadata)
 
 
 def _stored_weights(graph: fx.GraphModule, form: Form) -> dict[str, StoredWeight]:
@@ -319,15 +326,15 @@ def _tensor_name(quantizer: str) -> str:
 
 def _notes(graph: fx.GraphModule, weights: dict[str, StoredWeight], bounded: bool) -> tuple[str, ...]:
     """Say what in the file is not as narrow or as plain as the recipe, and why."""
-    wider: dict[tuple[int, str], list[str]] = {}
+    stored: dict[tuple[int, int, str], list[str]] = {}
     for name, weight in weights.items():
-        if weight.width != weight.bits:
-            wider.setdefault((weight.bits, weight.container), []).append(_tensor_name(name))
-    notes = [
-        f"{len(names)} weights of {bits} bits are stored as {container}, the narrowest container asked for that holds "
-        f"them: {', '.join(names)}"
-        for (bits, container), names in wider.items()
-    ]
+        stored.setdefault((weight.bits, weight.width, weight.container), []).append(_tensor_name(name))
+    notes = []
+    for (bits, width, container), names in stored.items():
+        if width != bits:
+            alike = [group for group in stored if group[0] == bits]
+            which = f"all {len(names)} weights of {bits} bits" if len(alike) == 1 else ", ".join(names)
+            notes.append(f"{which}: stored as {container}, the narrowest container asked for that holds the integers")
     specs = [q.spec for q in fake_quantizers(graph).values() if isinstance(q, ActivationFakeQuantize)]
     for bits in sorted({s.bits for s in specs if s.bits < 8}):
         notes.append(
@@ -342,8 +349,18 @@ def _notes(graph: fx.GraphModule, weights: dict[str, StoredWeight], bounded: boo
     return tuple(notes)
 
 
-def _describe(model: ir.Model, recipe: Recipe, weights: dict[str, StoredWeight], notes: tuple[str, ...]) -> None:
-    """Put recipe, seed, version and bits into the file's metadata; drop what the translation left about itself."""
+def _described(about: dict[str, str], weights: dict[str, StoredWeight], notes: tuple[str, ...]) -> dict[str, str]:
+    bits = {_tensor_name(name): weight.bits for name, weight in weights.items()}
+    about = about | {
+        "version": metadata.version("quiesce"),
+        "bits": json.dumps(bits, separators=(",", ":")),
+        "notes": "\n".join(notes),
+    }
+    return {f"{DOMAIN}.{key}": value for key, value in about.items()}
+
+
+def _finish(model: ir.Model, about: dict[str, str]) -> None:
+    """Name batch and producer, and drop what the translation left about itself."""
     import onnx_ir as ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
@@ -355,18 +372,9 @@ def _describe(model: ir.Model, recipe: Recipe, weights: dict[str, StoredWeight],
     outputs = set(model.graph.outputs)
     for value in [v for node in model.graph for v in node.outputs if v not in outputs]:
         value.shape = value.type = None  # a runtime infers them
-    version = metadata.version("quiesce")
-    model.producer_name, model.producer_version = "quiesce", version
+    model.producer_name, model.producer_version = "quiesce", about[f"{DOMAIN}.version"]
     model.graph.name = "quantized"
-    model.metadata_props.update(
-        {
-            "quiesce.version": version,
-            "quiesce.seed": str(recipe.seed),
-            "quiesce.recipe": recipe.to_toml(),
-            "quiesce.bits": json.dumps({_tensor_name(n): w.bits for n, w in weights.items()}, separators=(",", ":")),
-            "quiesce.notes": "\n".join(notes),
-        }
-    )
+    model.metadata_props.update(about)
 
 
 def _open_in_onnxruntime(serialized: bytes) -> None:

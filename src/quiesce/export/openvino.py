@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -22,6 +23,7 @@ def export_openvino(
     recipe: Recipe,
     path: Path,
     *,
+    preprocessing: dict[str, Any] | None = None,
     compat: bool = False,
     symmetric: bool = False,
     force: bool = False,
@@ -30,7 +32,8 @@ def export_openvino(
 
     Args:
         graph: a quantized network on any device; not changed.
-        recipe: of the network.
+        recipe: of the network; goes into the model's rt_info, under ``quiesce``.
+        preprocessing: what its images need, as plain data; goes there too.
         compat: store all weights in 8 bits; otherwise 2 to 4 bits take 4.
         symmetric: store all weights with zero points of 0.
         force: replace files that are there.
@@ -48,14 +51,16 @@ def export_openvino(
     require(("openvino",), "openvino")
     import openvino
 
-    network = onnx_network(
-        graph, recipe, Form(compat=compat, symmetric=symmetric, narrowest=NARROWEST, float_bias=True)
-    )
+    form = Form(compat=compat, symmetric=symmetric, narrowest=NARROWEST, float_bias=True)
+    network = onnx_network(graph, recipe, form, preprocessing)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as folder:
         source, new = Path(folder) / "network.onnx", Path(folder) / path.name
         source.write_bytes(network.serialized)
         try:
-            openvino.save_model(openvino.convert_model(source), new, compress_to_fp16=False)
+            model = openvino.convert_model(source)
+            for key, value in network.metadata.items():
+                model.set_rt_info(value, key.split("."))
+            openvino.save_model(model, new, compress_to_fp16=False)
         except RuntimeError as error:
             reason = str(error).strip().rpartition("\n")[2]
             raise ModelError(f"openvino {openvino.__version__} can't convert the network ({reason}).") from error

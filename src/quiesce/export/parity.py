@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from quiesce.data import Samples
 from quiesce.evaluate import outputs_of, sqnr_db
+from quiesce.export.export import require
 from quiesce.graph.capture import interface_of
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers
 
@@ -77,7 +79,7 @@ def check_parity(
     the inputs that ONNX Runtime gave it, in float64, so that differences do not add up. ``simulated`` are the
     network's outputs, if they are there already.
     """
-    file, inside = _Session(path, []), _Session(path, list(_activations(graph)))
+    file, inside = OnnxSession(path), OnnxSession(path, list(_activations(graph)))
     if simulated is None:
         simulated = outputs_of(lambda *a, **k: graph(*interface_of(graph).flatten(a, k)), samples, batch_size)
     exported = outputs_of(lambda *a, **k: file(interface_of(graph).flatten(a, k)), samples, batch_size)
@@ -98,7 +100,7 @@ def check_parity(
     )
 
 
-def _layer_parities(graph: fx.GraphModule, inside: _Session, samples: Samples, batch_size: int) -> list[LayerParity]:
+def _layer_parities(graph: fx.GraphModule, inside: OnnxSession, samples: Samples, batch_size: int) -> list[LayerParity]:
     totals: dict[str, list[int]] = {}
     for batch in samples.batches(batch_size):
         flat = interface_of(graph).flatten(batch.args, batch.kwargs)
@@ -111,7 +113,7 @@ def _layer_parities(graph: fx.GraphModule, inside: _Session, samples: Samples, b
     return [LayerParity(name, *row) for name, row in totals.items()]
 
 
-def _breaks_a_tie(graph: fx.GraphModule, inside: _Session, image: Samples) -> bool:
+def _breaks_a_tie(graph: fx.GraphModule, inside: OnnxSession, image: Samples) -> bool:
     """True if on this image a tie was broken against float64, in the simulation or in the file."""
     flat = interface_of(graph).flatten(image.args, image.kwargs)
     for integers in (inside.integers(flat), _simulated_integers(graph, flat)):
@@ -147,10 +149,14 @@ def _simulated_integers(graph: fx.GraphModule, flat: list[Tensor]) -> dict[str, 
     return found
 
 
-class _Session:
-    """A default session of ONNX Runtime on one file, which also gives the integers of the named quantizers."""
+class OnnxSession:
+    """A default session of ONNX Runtime on one file: flat inputs to flat outputs.
 
-    def __init__(self, path: Path, quantizers: list[str]) -> None:
+    It also gives the integers of the named quantizers.
+    """
+
+    def __init__(self, path: Path, quantizers: Sequence[str] = ()) -> None:
+        require(("onnx", "onnxruntime"), "onnx")
         import onnx
         import onnxruntime
 

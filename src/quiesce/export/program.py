@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from quiesce.errors import ModelError
+from quiesce.export.export import Export
 from quiesce.graph.capture import Interface, Leaf, interface_of
 from quiesce.graph.rewrite import tidy
 from quiesce.outputs import check_new, write_bytes
@@ -42,7 +43,7 @@ def export_program(
     preprocessing: dict[str, Any] | None = None,
     pt2e: bool = False,
     force: bool = False,
-) -> Path:
+) -> Export:
     """Write the network to ``path`` (.pt2) as the program that :func:`as_program` makes, whole or not at all.
 
     Args:
@@ -61,7 +62,7 @@ def export_program(
     file = io.BytesIO()
     torch.export.save(as_program(graph, pt2e=pt2e), file, extra_files={EXTRA_FILE: json.dumps(about)})
     write_bytes(path, file.getvalue())
-    return path
+    return Export(path, "torch.export program", len(file.getvalue()))
 
 
 def as_program(graph: fx.GraphModule, *, pt2e: bool = False) -> ExportedProgram:
