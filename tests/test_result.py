@@ -101,7 +101,7 @@ def test_a_run_of_another_form_is_refused(damage: dict[str, object]) -> None:
 
 WRONG = {
     "model": [3, None],
-    "float": [[], 3],
+    "float": [[], 3, {"top1": "92"}],
     "runs": [[], {}],
     "versions": [{"torch": 3}],
     "hardware": ["x"],
@@ -123,7 +123,7 @@ def test_values_of_another_kind_are_refused_and_named(path: str) -> None:
         for key in outer:
             inner = inner[int(key) if key.isdigit() else key]
         inner[name] = value
-        with pytest.raises(FileFormatError, match=f"at {re.escape(path)}"):
+        with pytest.raises(FileFormatError, match=f"at {re.escape(path)}[.; []"):
             Result.from_dict(data)
 
 

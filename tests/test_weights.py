@@ -114,6 +114,13 @@ HOSTILE: dict[str, bytes] = {
 }
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_of_megabytes_is_refused(zipped: bool, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "log": list(range(2**20))}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FileFormatError, match="can't be read"):
+        read_state(tmp_path / "w.pt")
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_sizes_that_the_file_does_not_have_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(HOSTILE[name])

@@ -70,13 +70,18 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def check_levels(value: Any) -> None:
-    """Raise ValueError if lists and dicts nest deeper than :data:`MOST_LEVELS`."""
-    level = [value]
+def count_values(value: Any) -> int:
+    """Return how many values nested lists and dicts hold, these themselves among them.
+
+    Raises:
+        ValueError: they nest deeper than :data:`MOST_LEVELS`.
+    """
+    level, count = [value], 0
     for _ in range(MOST_LEVELS + 1):
+        count += len(level)
         level = [v for v in level if isinstance(v, dict | list)]
         if not level:
-            return
+            return count
         level = [v for outer in level for v in (outer.values() if isinstance(outer, dict) else outer)]
     raise ValueError(f"nested deeper than {MOST_LEVELS} levels")
 
@@ -118,7 +123,7 @@ def tensors_of(data: bytes, path: Path) -> dict[str, Tensor]:
 
 def _parse(data: bytes) -> Any:
     value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite, parse_int=_of_64_bits)
-    check_levels(value)
+    count_values(value)
     return value
 
 

@@ -18,6 +18,7 @@ from quiesce.files import read_json
 from quiesce.outputs import write_text
 
 SCHEMA = 1
+Number = float | None
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Result:
     """Everything a run leaves to be read: ``result.json``."""
 
     model: str
-    float: dict[str, Any]
+    float: dict[str, Number]
     runs: list[Run]
     recipe: dict[str, Any]
     versions: dict[str, str]

@@ -26,6 +26,8 @@ _NEEDED = re.compile(
     r"|torch\.nn\.parameter Parameter|torch Size|torch device|torch(\.storage)? \w+Storage|torch [a-z]+\d*"
 )
 """Modules and names that pickles of state dicts refer to. Others of torch's list take a size, as bytearray does."""
+MOST_PICKLE = 4 * 2**20
+"""Bytes of the pickles in a file; that of a thousand tensors has 150 KB."""
 _LEGACY_PICKLES = 5
 """Pickles in front of the tensors' bytes in files of torch before 1.6: magic number, version, system, state, keys."""
 
@@ -79,13 +81,15 @@ def _read_zip(data: bytearray) -> Any:
             raise ValueError("its records are compressed or overlap, which torch.save does not do")
         for record in records:
             if record.filename.endswith(".pkl"):
+                if record.file_size > MOST_PICKLE:
+                    raise ValueError(f"{record.filename} has {record.file_size:,} bytes")
                 _check_names(io.BytesIO(archive.read(record)))
     return torch.load(io.BytesIO(data), map_location="meta", weights_only=True)
 
 
 def _read_legacy(data: bytearray) -> Any:
     """Load what torch before 1.6 saved; it checks sizes against the file when it fills the tensors."""
-    pickles = io.BytesIO(data)
+    pickles = io.BytesIO(data[:MOST_PICKLE])
     for _ in range(_LEGACY_PICKLES):
         _check_names(pickles)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -112,6 +112,14 @@ def test_a_shape_of_enormous_size_allocates_nothing(saved: Path) -> None:
             quiesce.load(saved)
 
 
+def test_a_graph_of_more_values_than_any_network_has_is_refused(saved: Path) -> None:
+    document = json.loads((saved / GRAPH_FILE).read_text())
+    next(row for row in document["nodes"] if row["op"] == "call")["args"].append([1] * 500_000)
+    (saved / GRAPH_FILE).write_text(json.dumps(document))
+    with pytest.raises(FileFormatError, match="more than 500,000"):
+        quiesce.load(saved)
+
+
 def test_files_of_two_networks_do_not_mix(saved: Path, tmp_path: Path) -> None:
     other = quiesce.quantize(Chain(1, channels=6), images(8), recipe("nearest")).save(tmp_path / "other")
     (saved / TENSOR_FILE).write_bytes((other / TENSOR_FILE).read_bytes())

@@ -248,6 +248,28 @@ def test_a_container_that_has_no_form_in_the_file_is_refused_before_any_work() -
         prepare(Named().eval(), images(12), recipe("nearest"))
 
 
+def test_a_result_that_nests_too_deeply_is_refused_before_any_work() -> None:
+    class Deep(Layers):
+        def forward(self, x: Tensor) -> Any:
+            nested: Any = self.pooled(self.maps(x))
+            for _ in range(40):
+                nested = [nested]
+            return nested
+
+    with pytest.raises(ModelError, match=r"can't be saved \(nested deeper than 64 levels\)"):
+        prepare(Deep().eval(), images(12), recipe("nearest"))
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1.5, None, True])
+def test_constants_that_the_network_returns_are_kept(value: object, tmp_path: Path) -> None:
+    class Constant(Layers):
+        def forward(self, x: Tensor) -> Any:
+            return {"value": value, "logits": self.pooled(self.maps(x))}
+
+    network = quiesce.quantize(Constant().eval(), images(12), recipe("nearest"))
+    assert quiesce.load(network.save(tmp_path / "net"))(images(2))["value"] == value
+
+
 @pytest.mark.parametrize("inputs", ["kwargs", "mixed order"])
 def test_keyword_inputs(inputs: str, tmp_path: Path) -> None:
     class Scaled(Layers):

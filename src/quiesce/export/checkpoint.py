@@ -18,9 +18,16 @@ from safetensors.torch import save
 from torch import Tensor, fx
 
 from quiesce.errors import FileFormatError, ModelError
-from quiesce.export.document import decode_graph, decode_interface, encode_graph, encode_interface, float_tensors
+from quiesce.export.document import (
+    check_amount,
+    decode_graph,
+    decode_interface,
+    encode_graph,
+    encode_interface,
+    float_tensors,
+)
 from quiesce.export.packing import pack
-from quiesce.files import check_levels, read_json, read_safetensors, tensors_of
+from quiesce.files import read_json, read_safetensors, tensors_of
 from quiesce.graph.capture import interface_of
 from quiesce.outputs import output_folder
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers
@@ -51,12 +58,12 @@ def check_storable(graph: fx.GraphModule) -> None:
 
     Raises:
         ModelError: an operator is not on the allow-list (export/operators.txt), or an argument, or a container that the
-            network takes or returns, has no JSON form or nests too deeply.
+            network takes or returns, has no JSON form; or there is too much of them.
     """
     try:
-        check_levels({**encode_graph(graph), "interface": encode_interface(interface_of(graph))})
+        check_amount({**encode_graph(graph), "interface": encode_interface(interface_of(graph))})
     except ValueError as error:
-        raise ModelError(f"what the network takes or returns can't be saved ({error}); return it flat.") from error
+        raise ModelError(f"the network can't be saved ({error}); quantize a part of it.") from error
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:

@@ -17,11 +17,13 @@ from torch.utils import _pytree as pytree
 from quiesce.errors import ModelError
 from quiesce.export.operators import draws_random_numbers, operator_name, operators
 from quiesce.export.packing import unpack
+from quiesce.files import count_values
 from quiesce.graph.capture import Interface, Leaf, TensorForm
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize, fake_quantizers
 from quiesce.quant.spec import QuantizationSpec
 
-MOST_NODES = 50_000
+MOST_VALUES = 500_000
+"""Values in the JSON of a network: some 50,000 nodes, each of which takes kilobytes in memory."""
 _PLAIN = (bool, int, float, str, type(None))
 _CONSTANTS: dict[str, dict[str, Any]] = {
     "dtype": {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)},
@@ -33,16 +35,21 @@ _CONSTANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def check_amount(document: Any) -> None:
+    """Raise ValueError if plain data nests too deeply, or is more than a network needs."""
+    count = count_values(document)
+    if count > MOST_VALUES:
+        raise ValueError(f"{count:,} values, more than {MOST_VALUES:,}")
+
+
 def encode_graph(graph: fx.GraphModule) -> dict[str, Any]:
     """Return ``quantizers``, ``nodes`` and ``outputs``.
 
     Raises:
-        ModelError: an operator is not on the allow-list, an argument has no JSON form, or there are too many nodes.
+        ModelError: an operator is not on the allow-list, or an argument has no JSON form.
     """
     quantizers = {name: _encode_quantizer(q) for name, q in fake_quantizers(graph).items()}
     nodes = [_encode_node(graph, n) for n in graph.graph.nodes if n.op != "output" and not _is_float_weight(n)]
-    if len(nodes) > MOST_NODES:
-        raise ModelError(f"the network has {len(nodes)} nodes, and a saved one at most {MOST_NODES}.")
     return {"quantizers": quantizers, "nodes": nodes, "outputs": [n.name for n in _outputs(graph.graph)]}
 
 
@@ -54,11 +61,10 @@ def float_tensors(graph: fx.GraphModule) -> dict[str, Tensor]:
 
 def decode_graph(document: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
     """Return the graph of :func:`encode_graph`, which must use each of ``tensors``, on the CPU."""
+    check_amount(document)
     root, graph = nn.Module(), fx.Graph()
     for name, row in document["quantizers"].items():
         root.add_module(_identifier(name), _decode_quantizer(name, row, tensors))
-    if len(document["nodes"]) > MOST_NODES:
-        raise ValueError(f"there are more than {MOST_NODES} nodes")
     nodes: dict[str, fx.Node] = {}
     for row in document["nodes"]:
         nodes[row["name"]] = _decode_node(row, root, graph, nodes, tensors)
