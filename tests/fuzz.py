@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import nn
 
@@ -228,6 +229,36 @@ def weighted() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).eval()
 
 
+def read_onnx(path: Path) -> None:
+    inventory = inspect(path)
+    json.dumps(inventory.to_dict(), allow_nan=False)
+
+
+def in_protobuf(data: bytes, draw: random.Random) -> bytes:
+    """Change a field of a tensor, of a node, or of the metadata."""
+    model = onnx.load_from_string(data)
+    tensor, node = draw.choice(model.graph.initializer), draw.choice(model.graph.node)
+    match draw.randrange(8):
+        case 0:
+            tensor.dims.append(draw.choice([0, 2, 2**40, 2**62, -1]))
+        case 1:
+            tensor.dims[:] = [draw.choice([0, 1, 7, 2**31, 2**62, -(2**62)]) for _ in range(draw.randrange(40))]
+        case 2:
+            tensor.data_type = draw.choice([0, 1, 3, 16, 21, 22, 25, 99])
+        case 3:
+            tensor.raw_data = draw.choice([flip, cut, splice])(tensor.raw_data or b"x", draw)
+        case 4:
+            tensor.name = draw.choice(["", "x", model.graph.initializer[0].name])
+        case 5:
+            node.input[:] = [draw.choice(["", "x", tensor.name]) for _ in range(draw.randrange(4))]
+        case 6:
+            del model.graph.node[draw.randrange(2) :]
+        case _:
+            entry = next(e for e in model.metadata_props if e.key == "quiesce.bits")
+            entry.value = json.dumps(draw.choice([*ODD, {"x": 3}, {tensor.name: 10**30}])) + draw.choice(["", "{", "]"])
+    return bytes(model.SerializeToString())
+
+
 KINDS = {
     "graph": Kind(GRAPH_FILE, read_network, in_json),
     "tensors": Kind(TENSOR_FILE, read_network, in_header),
@@ -236,6 +267,7 @@ KINDS = {
     "safetensors": Kind("weights.safetensors", read_weights, in_header),
     "zip": Kind("weights.pt", read_weights, in_archive),
     "legacy": Kind("legacy.pt", read_weights, in_pickle),
+    "onnx": Kind("network.onnx", read_onnx, in_protobuf),
 }
 
 

@@ -321,7 +321,7 @@ class Recipe:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise RecipeError(f"recipe file {path} can't be read: {error.strerror}.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # integers of thousands of digits and deep nesting, too
             raise RecipeError(f"recipe file {path} is not valid TOML: {error}.") from error
         preset = data.pop("preset", None)
         if preset is not None:

@@ -125,11 +125,11 @@ def _onnx_file(path: Path) -> Inventory:
     require(("onnx",), "onnx")
     model = _read_onnx(path)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    sizes = {name: len(tensor.raw_data) or tensor.ByteSize() for name, tensor in tensors.items()}
+    sizes = {name: _stored_bytes(path, tensor) for name, tensor in tensors.items()}
     bits = _stated_bits(path, model)
     layers, grids = [], 0
     for node in model.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or not node.input:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 2:
             continue
         grid_bytes = sum(sizes.pop(name, 0) for name in node.input[1:])
         if node.input[0] not in sizes:
@@ -167,6 +167,33 @@ def _read_onnx(path: Path) -> Any:
     return model
 
 
+def _stored_bytes(path: Path, tensor: Any) -> int:
+    """Bytes of a tensor's content, which has to be there for as many values as its shape says."""
+    from onnx import TensorProto
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    values = math.prod(tensor.dims)
+    if min(tensor.dims, default=0) < 0:
+        raise FileFormatError(f"{path} is damaged: tensor {tensor.name!r} has the shape {list(tensor.dims)}.")
+    if tensor.data_location == TensorProto.EXTERNAL:
+        raise FileFormatError(
+            f"{path} keeps tensor {tensor.name!r} in another file; inspect takes files that are whole."
+        )
+    if not tensor.raw_data:
+        return int(tensor.ByteSize())
+    try:
+        bits = _width(path, tensor.data_type) if tensor.data_type in _integer_types() else 0
+        expected = packed_size(values, bits or 8 * tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    except (KeyError, ValueError) as error:
+        raise FileFormatError(f"{path} is damaged: tensor {tensor.name!r} has no known type.") from error
+    if len(tensor.raw_data) != expected:
+        raise FileFormatError(
+            f"{path} is damaged: tensor {tensor.name!r} has {len(tensor.raw_data):,} bytes for a shape of "
+            f"{list(tensor.dims)}, which takes {expected:,}."
+        )
+    return expected
+
+
 def _stated_bits(path: Path, model: Any) -> dict[str, int]:
     """Bits of each weight, which files of this program name: a container may be wider."""
     text = next((entry.value for entry in model.metadata_props if entry.key == "quiesce.bits"), "{}")
@@ -180,13 +207,16 @@ def _stated_bits(path: Path, model: Any) -> dict[str, int]:
 
 
 def _width(path: Path, data_type: int) -> int:
+    name = _integer_types().get(data_type)
+    if name is None:
+        raise FileFormatError(f"{path} dequantizes a tensor of ONNX type {data_type}, which is no integer.")
+    return int(name.partition("INT")[2])
+
+
+def _integer_types() -> dict[int, str]:
     import onnx
 
-    names = {number: name for name, number in onnx.TensorProto.DataType.items()}
-    name = names.get(data_type, "")
-    if not name.startswith(("INT", "UINT")):
-        raise FileFormatError(f"{path} dequantizes a tensor of type {name or data_type}, which is no integer.")
-    return int(name.partition("INT")[2])
+    return {number: name for name, number in onnx.TensorProto.DataType.items() if name.startswith(("INT", "UINT"))}
 
 
 def _layer(quantizer: str) -> str:
