@@ -59,6 +59,16 @@ def test_the_values_are_the_quantizers(
         assert stored.width == next(w for w in WIDTHS if w >= max(bits, narrowest))
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_filled_containers_hold_the_same_values_on_a_finer_grid(bits: int) -> None:
+    source = quantizer(bits, True, 0, 3)
+    source.quantized[0, 0, 0] = source.spec.quant_min
+    stored = store_weight("layer", source, narrowest=8, fill=True)
+    assert np.array_equal(values(stored), source.dequantized_weight().numpy())
+    assert stored.container == "INT8" and stored.integers.min() == -128
+    assert np.array_equal(stored.scale * 2 ** (8 - bits), source.scale.numpy())
+
+
 @pytest.mark.parametrize("ch_axis", [None, 0, 1])
 def test_turned_weights_keep_their_channels(ch_axis: int | None) -> None:
     source = quantizer(4, False, ch_axis, 1)

@@ -275,11 +275,20 @@ def test_an_operator_that_opset_13_lacks_is_named(tmp_path: Path) -> None:
         exported(network, tmp_path, compat=True)
 
 
-def test_integer_kernels_run_where_the_simulation_has_their_biases(tmp_path: Path) -> None:
-    network = quantized(Kinds(nn.ReLU), 8, 8, backend="onnxruntime")
-    export = exported(network, tmp_path)
+@pytest.mark.parametrize("weight_bits", [2, 4, 8])
+def test_integer_kernels_run_where_the_simulation_has_their_biases(weight_bits: int, tmp_path: Path) -> None:
+    network = quantized(Kinds(nn.ReLU), weight_bits, 8, backend="onnxruntime")
+    export = exported(network, tmp_path, compat=True)
     assert_same(parity(network, export.path))
     assert operators_run(export.path, tmp_path)["QLinearConv"] == 4
+
+
+@pytest.mark.parametrize("weight_bits", [2, 4])
+def test_packed_weights_have_biases_rounded_as_finely_as_those_of_8_bits(weight_bits: int, tmp_path: Path) -> None:
+    network = quantized(Kinds(nn.ReLU), weight_bits, 8, backend="onnxruntime")
+    export = exported(network, tmp_path)
+    assert_same(parity(network, export.path))
+    assert operators_run(export.path, tmp_path)["QLinearConv"] == 0
 
 
 def operators_run(path: Path, folder: Path) -> Counter[str]:

@@ -25,14 +25,15 @@ IMAGES = Samples((torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_se
 
 
 def steps(gm: fx.GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
-    """Bias and s_x · s_w of each layer, s_w spread over groups by hand."""
+    """Bias and s_x · s_w of each layer, s_w that of the weight in 8 bits, spread over groups by hand."""
     found = {}
     for node in gm.graph.nodes:
         if is_weight_op(node):
             bias, source = argument(node, WEIGHT_OPS[node.target].bias, "bias", None), input_quantizer(gm, node)
             if isinstance(bias, fx.Node) and bias.op == "get_attr" and source is not None:
                 values = getattr(gm, str(bias.target))
-                scale = getattr(gm, str(weight_node(node).target)).scale
+                weight = getattr(gm, str(weight_node(node).target))
+                scale = weight.scale / (2 ** (8 - weight.spec.bits) if weight.spec.symmetric else 1)
                 spread = torch.cat([scale] * (len(values) // len(scale))) if scale.ndim else scale
                 found[node.name] = values, source.scale * spread
     return found
@@ -116,9 +117,12 @@ class TestAgainstIntegers:
         scale = source.scale.double()
         integers = (x.double() / source.scale).round() + source.zero_point
         integers = integers.clamp(source.spec.quant_min, source.spec.quant_max) - source.zero_point
-        step = (source.scale * weight.scale).double()
+        room = 2 ** (8 - weight.spec.bits)
+        step = (source.scale * weight.scale).double() / room
         added = (bias.double() / step).round()
-        summed = op(integers, weight.quantized.double(), added, **settings)
+        filled = weight.quantized.double() * room
+        assert filled.abs().max() <= 128
+        summed = op(integers, filled, added, **settings)
         assert torch.equal(summed, summed.round()) and scale > 0
         return summed * step.view(-1, *[1] * (summed.ndim - 2))
 

@@ -41,7 +41,13 @@ class StoredWeight:
 
 
 def store_weight(
-    name: str, quantizer: WeightFakeQuantize, *, narrowest: int = 2, widest: int = 16, symmetric: bool = False
+    name: str,
+    quantizer: WeightFakeQuantize,
+    *,
+    narrowest: int = 2,
+    widest: int = 16,
+    symmetric: bool = False,
+    fill: bool = False,
 ) -> StoredWeight:
     """Return the integers of ``quantizer`` in the narrowest container of at least ``narrowest`` bits.
 
@@ -56,6 +62,8 @@ def store_weight(
     zero_point = _numbers(quantizer.zero_point)
     signed = spec.symmetric
     low, high = spec.quant_min, spec.quant_max
+    factor = spec.headroom if fill and signed else 1
+    integers, low, high = integers * factor, low * factor, high * factor
     if symmetric and not signed:
         integers = integers - _along(zero_point, spec.ch_axis, integers.ndim)
         zero_point = np.zeros_like(zero_point)
@@ -66,7 +74,7 @@ def store_weight(
             f"the weight of {name} has {spec.bits} bits with zero points, and without these it needs more than "
             f"{widest}; quantize it with weights.symmetric = true, or export it with its zero points."
         )
-    scale = quantizer.scale.detach().cpu().numpy()
+    scale = (quantizer.scale / factor).detach().cpu().numpy()
     return StoredWeight(integers, zero_point, scale, spec.ch_axis, spec.bits, width, signed)
 
 

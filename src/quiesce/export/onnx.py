@@ -108,16 +108,18 @@ def onnx_network(
     """Return the quantized network as an ONNX file.
 
     ONNX Runtime turns float biases in front of a QuantizeLinear into integers of scale s_x · s_w, looking through ReLU
-    and Clip. Where the simulation's biases are not on that grid, a Min at the upper end of the range, which changes no
-    value, stands in front of each QuantizeLinear and keeps it from that.
+    and Clip. Where the simulation's biases are not on that grid, with the weights as they are stored, a Min at the
+    upper end of the range stands in front of each QuantizeLinear and keeps it from that. It changes no value.
     """
     require(("onnx", "onnxscript", "onnxruntime"), "onnx")
     from onnx_ir import to_proto
     from onnxscript import version_converter
 
-    weights = _stored_weights(graph, form)
+    integer_bias = BACKENDS[recipe.backend].integer_bias
+    weights = _stored_weights(graph, form, fill=integer_bias and form.compat)
     two_bits = any(w.width == 2 for w in weights.values())
-    bounded = not form.float_bias and (two_bits or not BACKENDS[recipe.backend].integer_bias)
+    integer_kernels = integer_bias and all(w.width == 8 for w in weights.values())
+    bounded = not form.float_bias and not integer_kernels
     opset = COMPAT_OPSET if form.compat else (25 if two_bits else 21)
     model = _translated(graph)
     _pool_means(model.graph)
@@ -137,7 +139,7 @@ def onnx_network(
     return OnnxNetwork(serialized, opset, notes, metadata)
 
 
-def _stored_weights(graph: fx.GraphModule, form: Form) -> dict[str, StoredWeight]:
+def _stored_weights(graph: fx.GraphModule, form: Form, fill: bool) -> dict[str, StoredWeight]:
     narrowest, widest = (8, 8) if form.compat else (form.narrowest, 16)
     found = {}
     for name, quantizer in fake_quantizers(graph).items():
@@ -145,7 +147,9 @@ def _stored_weights(graph: fx.GraphModule, form: Form) -> dict[str, StoredWeight
             raise ModelError(f"quantizer {name} has {quantizer.scale.dtype} scales; ONNX files hold float32 networks.")
         if isinstance(quantizer, WeightFakeQuantize):
             shown = _tensor_name(name)
-            found[name] = store_weight(shown, quantizer, narrowest=narrowest, widest=widest, symmetric=form.symmetric)
+            found[name] = store_weight(
+                shown, quantizer, narrowest=narrowest, widest=widest, symmetric=form.symmetric, fill=fill
+            )
     return found
 
 

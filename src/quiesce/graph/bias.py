@@ -1,5 +1,8 @@
 """Integer biases: multiples of s_x · s_w, the scales of a layer's input and weight, as integer kernels add them.
 
+Kernels take weights of 8 bits. One of fewer bits is stored for them as its integers times the power of two that 8 bits
+leave room for, and its scale divided by it: the same values, and biases that are rounded as finely as those of 8 bits.
+
 The float biases of a graph are kept, as its float weights are: a network with integer biases is a second one.
 """
 
@@ -31,8 +34,7 @@ def round_biases(gm: fx.GraphModule) -> fx.GraphModule:
     rounded = fx.GraphModule(gm, graph)
     rounded.meta = dict(gm.meta)
     for layer in _biased_layers(rounded):
-        step = layer.per_bias(layer.input_scale * layer.weight.scale)
-        setattr(rounded, layer.bias_name, round_bias(layer.bias, step))
+        setattr(rounded, layer.bias_name, round_bias(layer.bias, layer.step))
     return rounded
 
 
@@ -45,12 +47,13 @@ def make_room_for_biases(gm: fx.GraphModule) -> None:
     """
     for layer in _biased_layers(gm):
         quantizer = layer.weight
+        unit = layer.input_scale / quantizer.spec.headroom * LARGEST_BIAS
         if quantizer.spec.ch_axis is None:
-            least = (layer.bias.abs().amax() / layer.input_scale / LARGEST_BIAS).expand_as(quantizer.scale)
+            least = (layer.bias.abs().amax() / unit).expand_as(quantizer.scale)
             empty = (quantizer.quantized == 0).all()
         else:
             groups = layer.bias.view(-1, len(quantizer.scale))
-            least = groups.abs().amax(dim=0) / layer.input_scale / LARGEST_BIAS
+            least = groups.abs().amax(dim=0) / unit
             empty = (quantizer.quantized.movedim(quantizer.spec.ch_axis, 0).flatten(1) == 0).all(dim=1)
         least = next_power_of_two(least.clamp(min=torch.finfo(least.dtype).tiny))
         scale = torch.where(empty, least, torch.maximum(least, quantizer.scale))
@@ -75,8 +78,10 @@ class _BiasedLayer:
     weight: WeightFakeQuantize
     weight_name: str
 
-    def per_bias(self, step: Tensor) -> Tensor:
-        """Spread what is per weight scale over the bias: a grouped transposed convolution's groups share scales."""
+    @property
+    def step(self) -> Tensor:
+        """What biases are multiples of, [output channels] or []: a grouped transposed convolution's groups share it."""
+        step = self.input_scale * (self.weight.scale / self.weight.spec.headroom)
         return step.repeat(len(self.bias) // len(step)) if step.ndim else step
 
 

@@ -33,6 +33,11 @@ class QuantizationSpec:
         """The narrowest torch dtype that holds the integers."""
         return torch.int8 if self.symmetric else torch.uint8
 
+    @property
+    def headroom(self) -> int:
+        """The power of two by which signed integers can be multiplied and still fit 8 bits; 1 for unsigned ones."""
+        return 1 << (8 - self.bits) if self.symmetric else 1
+
     def broadcast(self, parameter: Tensor, ndim: int) -> Tensor:
         """View a scale or zero point of shape [channels] so that it broadcasts over an ``ndim``-dimensional tensor."""
         if self.ch_axis is None:
