@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import statistics
 import time
 from collections import Counter
@@ -52,6 +53,7 @@ INTEGER_KERNELS = ((8, 8), (4, 8))
 """Bits at which the runtimes have integer kernels."""
 SIZE, BATCH, LEARNING_RATE = 32, 64, 0.05
 ROUNDS = 25
+OPENVINO_LAYERS = ("Convolution", "FullyConnected")
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,10 @@ def plan(weight_bits: int, activation_bits: int) -> Iterator[tuple[str, bool]]:
     """Backend, and whether integers are in 8-bit containers."""
     yield "academic", False
     if (weight_bits, activation_bits) in INTEGER_KERNELS:
-        yield "onnxruntime", False
-        yield "openvino", False
-        if weight_bits < 8:
-            yield "onnxruntime", True
-            yield "openvino", True
+        for backend in ("onnxruntime", "openvino"):
+            yield backend, False
+            if weight_bits < 8:
+                yield backend, True
 
 
 _LAST: dict[str, Any] = {}
@@ -279,7 +280,7 @@ def precisions(path: Path) -> dict[str, int]:
     found: Counter[str] = Counter()
     for operator in model.get_ops():
         about = operator.get_rt_info()
-        if about["layerType"].value in ("Convolution", "FullyConnected"):
+        if about["layerType"].value in OPENVINO_LAYERS:
             found[f"{about['layerType'].value} {about['runtimePrecision'].value}"] += 1
     return dict(found)
 
@@ -287,6 +288,80 @@ def precisions(path: Path) -> dict[str, int]:
 def write(record: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+PAGE, MARKED = (
+    ROOT / "docs/results.md",
+    re.compile(r"(<!-- deploy tables -->\n).*?(<!-- end of deploy tables -->)", re.DOTALL),
+)
+
+
+def write_page(record: dict[str, Any]) -> None:
+    """Put the tables into docs/results.md."""
+    text = f"{parity_table(record['rows'])}\n\n{speed_table(record['rows'])}\n"
+    PAGE.write_text(MARKED.sub(lambda m: f"{m[1]}{text}{m[2]}", PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def parity_table(rows: list[dict[str, Any]]) -> str:
+    """ONNX files with packed weights, in ONNX Runtime."""
+    head = (
+        "| Network | W/A | Bytes | Smaller | Over 1.05 ×, KB | SQNR | Other top-1 | Integers | At ties | Elsewhere |"
+    )
+    lines = [head, "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        name, weight_bits, activation_bits, backend, compat = row["key"]
+        if backend != "academic" or compat:
+            continue
+        parity = row["parity"]
+        assert parity["top1_differs"] == parity["top1_differs_at_tie"]
+        cells = [
+            name,
+            f"{weight_bits}/{activation_bits}",
+            f"{row['bytes']:,}",
+            f"{row['float32_bytes'] / row['bytes']:.1f} ×",
+            f"{(row['bytes'] - 1.05 * row['needed_bytes']) / 1024:.0f}",
+            "–" if parity["sqnr_db"] is None else f"{parity['sqnr_db']:.0f}",
+            f"{parity['top1_differs']}",
+            f"{parity['values']:,}",
+            f"{parity['ties_broken']:,}",
+            f"{parity['mismatches']:,}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """All files, one image on one thread, against float32 in the same runtime."""
+    head = (
+        "| Network | W/A | Backend | Integers in | Bytes | On integers | float32 ms | ms | Speed | Top-1 % | SQNR dB |"
+    )
+    lines = [head, "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        name, weight_bits, activation_bits, backend, compat = row["key"]
+        plain, quantized = (row["milliseconds"][k] for k in ("float32", "quantized"))
+        sqnr = row["parity"]["sqnr_db"]
+        cells = [
+            name,
+            f"{weight_bits}/{activation_bits}",
+            backend,
+            "8 bits" if compat or weight_bits == 8 else "fewer",
+            f"{row['bytes']:,}",
+            on_integers(row["operators"]),
+            f"{plain:.2f}",
+            f"{quantized:.2f}",
+            f"{plain / quantized:.2f} ×",
+            "–" if row["top1"] is None else f"{row['top1']:.1f}",
+            "–" if sqnr is None else f"{sqnr:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def on_integers(operators: dict[str, int]) -> str:
+    """Convolutions and linear layers that run on integers, of all."""
+    layers = {n: c for n, c in operators.items() if n.endswith("Conv") or "Gemm" in n or n.startswith(OPENVINO_LAYERS)}
+    integers = sum(count for name, count in layers.items() if name.startswith("Q") or name.endswith(("u8", "i8")))
+    return f"{integers} of {sum(layers.values())}"
 
 
 def parse() -> argparse.Namespace:
@@ -300,6 +375,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="of reconstruction for each module, below 8 bits")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/deploy.json")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/deploy")
+    parser.add_argument("--page", action="store_true", help="only write the tables of --out into docs/results.md")
     parser.add_argument("--threads", type=int, default=2, help="of torch; runtimes are timed on one")
     return parser.parse_args()
 
@@ -310,6 +386,9 @@ def main() -> None:
     record: dict[str, Any] = {"rows": []}
     if options.out.exists():
         record = json.loads(options.out.read_text(encoding="utf-8"))
+    if options.page:
+        write_page(record)
+        return
     record |= {
         "script": "benchmarks/deploy.py",
         "images": options.images,
@@ -334,6 +413,7 @@ def main() -> None:
             case = trained_case(name, options)
         print(f"{name}: float top-1 {case.top1}", flush=True)
         measure(case, folder, options, record)
+    write_page(record)
 
 
 if __name__ == "__main__":
