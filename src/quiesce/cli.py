@@ -577,6 +577,7 @@ def _parity_table(parity: Parity) -> Table:
     table.add_row("integers compared, layer by layer", f"{parity.values:,}")
     table.add_row("… that differ at a rounding tie", f"{parity.ties_broken:,}")
     table.add_row("… that differ elsewhere", f"{parity.mismatches:,}")
+    table.add_row("farthest from a tie of those that differ, steps", f"{parity.farthest:.2g}")
     return table
 
 

@@ -30,7 +30,9 @@ class LayerParity:
     ties_broken: int
     """Integers that differ where the float64 value is within :data:`TIE` of a tie."""
     mismatches: int
-    """Integers that differ elsewhere: none, if the file computes the same."""
+    """Integers that differ elsewhere: none, but for what rounding errors of long sums in float32 make of a near tie."""
+    farthest: float
+    """Greatest distance from a tie, in steps, of an integer that differs."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Parity:
     @property
     def mismatches(self) -> int:
         return sum(layer.mismatches for layer in self.layers)
+
+    @property
+    def farthest(self) -> float:
+        return max((layer.farthest for layer in self.layers), default=0.0)
 
 
 @torch.no_grad()
@@ -101,16 +107,24 @@ def check_parity(
 
 
 def _layer_parities(graph: fx.GraphModule, inside: OnnxSession, samples: Samples, batch_size: int) -> list[LayerParity]:
-    totals: dict[str, list[int]] = {}
+    found: dict[str, list[LayerParity]] = {}
     for batch in samples.batches(batch_size):
         flat = interface_of(graph).flatten(batch.args, batch.kwargs)
         reference = _Float64(graph, inside.integers(flat))
         reference.run(*flat)
         for layer in reference.found:
-            row = totals.setdefault(layer.quantizer, [0, 0, 0])
-            for i, number in enumerate((layer.values, layer.ties_broken, layer.mismatches)):
-                row[i] += number
-    return [LayerParity(name, *row) for name, row in totals.items()]
+            found.setdefault(layer.quantizer, []).append(layer)
+    return [_summed(layers) for layers in found.values()]
+
+
+def _summed(layers: list[LayerParity]) -> LayerParity:
+    return LayerParity(
+        quantizer=layers[0].quantizer,
+        values=sum(layer.values for layer in layers),
+        ties_broken=sum(layer.ties_broken for layer in layers),
+        mismatches=sum(layer.mismatches for layer in layers),
+        farthest=max(layer.farthest for layer in layers),
+    )
 
 
 def _breaks_a_tie(graph: fx.GraphModule, inside: OnnxSession, image: Samples) -> bool:
@@ -199,9 +213,11 @@ class _Float64(fx.Interpreter):
         spec, integers = quantizer.spec, self.integers[target].double()
         steps = args[0] / quantizer.scale.double()
         expected = (torch.round(steps) + quantizer.zero_point.double()).clamp(spec.quant_min, spec.quant_max)
-        differs, tie = expected != integers, (steps - steps.floor() - 0.5).abs() <= TIE
-        counts = (differs.numel(), int((differs & tie).sum()), int((differs & ~tie).sum()))
-        self.found.append(LayerParity(target, *counts))
+        differs = expected != integers
+        distances = (steps - steps.floor() - 0.5).abs()[differs]
+        at_tie = int((distances <= TIE).sum())
+        farthest = float(distances.max()) if len(distances) else 0.0
+        self.found.append(LayerParity(target, differs.numel(), at_tie, len(distances) - at_tie, farthest))
         return (integers - quantizer.zero_point.double()) * quantizer.scale.double()
 
 
