@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 
 import quiesce
@@ -93,3 +95,48 @@ def test_files_of_real_networks_are_no_larger_than_they_have_to_be(name: str, tm
     model = load_model(f"timm:{name}", weights="random").model
     assert isinstance(model, nn.Module)
     check_size(model, images(2, size=64), tmp_path / "net")
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_an_onnx_file_is_counted_like_the_saved_network(compat: bool, saved: Path, tmp_path: Path) -> None:
+    done = quiesce.load(saved).export_onnx(tmp_path / "net.onnx", compat=compat)
+    found, original = inspect(done.path), inspect(saved)
+    assert found.file_bytes == done.bytes == done.path.stat().st_size
+    for row, other in zip(found.layers, original.layers, strict=True):
+        assert (row.layer, row.shape, row.bits, row.scales) == (other.layer, other.shape, other.bits, other.scales)
+        assert row.stored_bits == (8 if compat or row.bits == 8 else 4)
+        assert row.integer_bytes == -(-row.weights * row.stored_bits // 8)
+        zero_points = row.scales if row.stored_bits == 8 else -(-row.scales // 2)
+        assert row.grid_bytes == 4 * row.scales + zero_points
+    # Bounds of activations, and sizes and axes that operators take, are in the file besides the biases.
+    assert original.float_bytes < found.float_bytes < original.float_bytes + 200
+    assert found.activation_bytes == 4 * (4 + 1)
+
+
+def test_onnx_files_of_other_programs_are_counted_by_their_containers(tmp_path: Path) -> None:
+    weight = helper.make_tensor("w", TensorProto.INT4, [2, 3], [1, -2, 3, 4, -5, 6])
+    nodes = [helper.make_node("DequantizeLinear", ["w", "s"], ["d"]), helper.make_node("MatMul", ["x", "d"], ["y"])]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", k]) for n, k in (("x", 2), ("y", 3))]
+    scale = helper.make_tensor("s", TensorProto.FLOAT, [], [0.5])
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight, scale])), tmp_path / "a.onnx"
+    )
+    (row,) = inspect(tmp_path / "a.onnx").layers
+    assert (row.layer, row.shape, row.bits, row.stored_bits, row.scales) == ("w", (2, 3), 4, 4, 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"not onnx", b"\xff" * 50])
+def test_what_is_no_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(FileFormatError, match=r"a\.onnx is not an ONNX file"):
+        inspect(tmp_path / "a.onnx")
+
+
+def test_a_tensor_that_lacks_bytes_is_named(saved: Path, tmp_path: Path) -> None:
+    path = quiesce.load(saved).export_onnx(tmp_path / "net.onnx").path
+    model = onnx.load(path)
+    tensor = next(t for t in model.graph.initializer if t.name == "head_weight")
+    tensor.dims[0] = 2**40
+    onnx.save(model, path)
+    with pytest.raises(FileFormatError, match=r"damaged: tensor 'head_weight' has 80 bytes for a shape of"):
+        inspect(path)
