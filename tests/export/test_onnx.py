@@ -32,6 +32,9 @@ from tiny import Chain, images, recipe
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
 
 
+EIGHT = {"weight_bits": 8, "activation_bits": 8}
+
+
 class Kinds(nn.Module):
     """A convolution, a depthwise one, a pointwise one and linear layers, each with an activation function behind it."""
 
@@ -289,6 +292,18 @@ def test_packed_weights_have_biases_rounded_as_finely_as_those_of_8_bits(weight_
     export = exported(network, tmp_path)
     assert_same(parity(network, export.path))
     assert operators_run(export.path, tmp_path)["QLinearConv"] == 0
+
+
+def test_files_for_tensorrt_hold_nothing_but_pairs_of_quantizers(tmp_path: Path) -> None:
+    network = quiesce.quantize(Kinds(nn.ReLU).eval(), images(16), recipe("nearest", backend="tensorrt", **EIGHT))
+    export = exported(network, tmp_path, compat=True)
+    model = onnx.load(export.path)
+    layers = {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Reshape", "Gemm"}
+    assert {n.op_type for n in model.graph.node} <= {"QuantizeLinear", "DequantizeLinear"} | layers
+    zero_points = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("zero_point")]
+    assert zero_points and all(z.dtype == np.int8 and not z.any() for z in zero_points)
+    found = parity(network, export.path)
+    assert found.sqnr_db is not None and found.sqnr_db > 30  # ONNX Runtime rounds its biases
 
 
 def operators_run(path: Path, folder: Path) -> Counter[str]:

@@ -115,11 +115,11 @@ def onnx_network(
     from onnx_ir import to_proto
     from onnxscript import version_converter
 
-    integer_bias = BACKENDS[recipe.backend].integer_bias
-    weights = _stored_weights(graph, form, fill=integer_bias and form.compat)
+    backend = BACKENDS[recipe.backend]
+    weights = _stored_weights(graph, form, fill=backend.integer_bias and form.compat)
     two_bits = any(w.width == 2 for w in weights.values())
-    integer_kernels = integer_bias and all(w.width == 8 for w in weights.values())
-    bounded = not form.float_bias and not integer_kernels
+    integer_kernels = backend.integer_bias and all(w.width == 8 for w in weights.values())
+    bounded = backend.onnx_for_onnxruntime and not form.float_bias and not integer_kernels
     opset = COMPAT_OPSET if form.compat else (25 if two_bits else 21)
     model = _translated(graph)
     _pool_means(model.graph)
@@ -130,13 +130,13 @@ def onnx_network(
         lower(model)
     notes = _notes(graph, weights, bounded)
     about = {"recipe": recipe.to_toml(), "seed": str(recipe.seed), "preprocessing": json.dumps(preprocessing)}
-    metadata = _described(about, weights, notes)
-    _finish(model, metadata)
+    described = _described(about, weights, notes)
+    _finish(model, described)
     model.ir_version = IR_VERSIONS[opset]
     serialized = to_proto(model).SerializeToString()
     if len(serialized) > _LONGEST_PROTOBUF:
         raise ModelError(f"the ONNX file would have {len(serialized):,} bytes; one file can't have more than 2 GB.")
-    return OnnxNetwork(serialized, opset, notes, metadata)
+    return OnnxNetwork(serialized, opset, notes, described)
 
 
 def _stored_weights(graph: fx.GraphModule, form: Form, fill: bool) -> dict[str, StoredWeight]:

@@ -28,3 +28,6 @@ class Backend:
     front of them. A padding with zeros in front of a weight operator counts as one when there are any."""
     integer_bias: bool = False
     """True where the bias is added as an integer of scale s_x · s_w."""
+    onnx_for_onnxruntime: bool = True
+    """True where ONNX files have to give the simulation's answers in ONNX Runtime, which would round float biases;
+    False where they are for a reader that adds these in float, and looks for patterns that a bound would break."""

@@ -15,4 +15,5 @@ TENSORRT = Backend(
     weight_ops=frozenset(WEIGHT_OPS),
     skip_ops=frozenset({aten.add.Tensor}),
     pass_ops=PASS_OPS,
+    onnx_for_onnxruntime=False,
 )
