@@ -28,7 +28,7 @@ from quiesce.graph.capture import capture, interface_of
 from quiesce.graph.fold import LeftBatchNorm, fold
 from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
 from quiesce.graph.partition import partition
-from quiesce.graph.place import annotate, insert
+from quiesce.graph.place import annotate, end_grids_at_bounds, insert
 from quiesce.graph.rewrite import follow_tensors
 from quiesce.graph.unit import Unit, boundary
 from quiesce.oscillation.capacity import modcap
@@ -275,6 +275,7 @@ def prepare(
     calibrate(graph, samples, recipe)
     if BACKENDS[recipe.backend].integer_bias:
         make_room_for_biases(graph)
+        end_grids_at_bounds(graph)
     evaluation = None if evaluate is None else gather(evaluate, "evaluation").to(where)
     reference = metrics = None
     if evaluation is not None:

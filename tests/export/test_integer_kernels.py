@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_onnx import operators_run
 from torch import Tensor, nn
 
 import quiesce
 from quiesce.export.onnx import export_onnx
+from quiesce.quant.fake_quantize import ActivationFakeQuantize
 from quiesce.recipe import Recipe
 from small_nets import Lambda, conv
 
@@ -63,12 +64,7 @@ BESIDES = {"residual": "QLinearAdd", "branches": "QLinearConcat", "excitation": 
 
 @pytest.mark.parametrize("net", NETS)
 def test_onnxruntime_has_integer_kernels_for_all_convolutions(net: str, tmp_path: Path) -> None:
-    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    runtime.InferenceSession(exported(net, "onnxruntime", tmp_path), options, providers=["CPUExecutionProvider"])
-    kernels = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    kernels = operators_run(exported(net, "onnxruntime", tmp_path), tmp_path)
     assert kernels["QLinearConv"] == 4 and kernels[BESIDES[net]] == 1, kernels
     assert not {"Conv", "FusedConv", "Add", "Concat"} & set(kernels)
 
@@ -83,3 +79,20 @@ def test_openvino_computes_all_convolutions_on_integers(net: str, tmp_path: Path
     kinds = [tuple(i[key].astype(str) for key in ("layerType", "runtimePrecision")) for i in info if "layerType" in i]
     precisions = [precision for kind, precision in kinds if kind == "Convolution"]
     assert len(precisions) == 4 and set(precisions) <= {"u8", "i8"}, kinds
+
+
+def test_learned_grids_behind_a_relu6_end_at_6(tmp_path: Path) -> None:
+    """Above 6 the runtime would have to cut off within the grid, and computes in float instead."""
+    settings = {"weight_bits": 8, "activation_bits": 8, "steps": 30, "batch_size": 8, "step_size_lr": 0.01}
+    ends = {}
+    for backend in ("academic", "onnxruntime"):
+        torch.manual_seed(5)
+        net = nn.Sequential(conv(3, 4), nn.ReLU6(), conv(4, 4), nn.ReLU6(), conv(4, 2)).eval()
+        recipe = Recipe.preset("brecq-fast", backend=backend, **settings)
+        quantized = quiesce.quantize(net, 4 * IMAGES, recipe)
+        quantizers = [q for q in quantized.graph_module.modules() if isinstance(q, ActivationFakeQuantize)]
+        ends[backend] = max(float(q.scale * (255 - q.zero_point)) for q in quantizers[1:3])
+    assert ends["academic"] > 6.01, "nothing was learned that would have to be held back"
+    assert ends["onnxruntime"] <= 6 + 1e-6
+    path = quantized.export_onnx(tmp_path / "network.onnx").path
+    assert operators_run(path, tmp_path)["QLinearConv"] == 3

@@ -25,7 +25,7 @@ from quiesce.errors import ModelError
 from quiesce.export.export import Export
 from quiesce.export.program import on_cpu, register_decomposed, trace
 from quiesce.graph.capture import TensorForm, interface_of
-from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, is_relu, weight_node
+from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, is_relu, upper_bound, weight_node
 from quiesce.graph.rewrite import free_name, tidy
 from quiesce.outputs import check_new, write_bytes
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers
@@ -268,7 +268,7 @@ def _replace_activation(network: fx.GraphModule, node: fx.Node, quantizer: Activ
     """Each reader gets a dequantize node of its own: XNNPACK runs it in one reader's layer, and not for the others."""
     source, low, high = input_node(node), -math.inf, math.inf
     if is_relu(source) and len(source.users) == 1:
-        low, high = _bounds(source)
+        low, high = 0.0, upper_bound(source)
         node.args = (input_node(source),)
     name, quantize = str(node.target), _Quantize(quantizer, low, high)
     setattr(network, name, quantize)
@@ -288,15 +288,6 @@ def _replace_batch_norm(network: fx.GraphModule, node: fx.Node) -> None:
     with network.graph.inserting_before(node):
         scaled = network.graph.call_module(name, (x,))
     node.replace_all_uses_with(scaled)
-
-
-def _bounds(relu: fx.Node) -> tuple[float, float]:
-    if relu.target is aten.relu.default:
-        return 0.0, math.inf
-    if relu.target is aten.relu6.default:
-        return 0.0, 6.0
-    high = argument(relu, 2, "max_val" if relu.target is aten.hardtanh.default else "max", None)
-    return 0.0, math.inf if high is None else float(high)
 
 
 def _lowered(program: ExportedProgram) -> bytes:

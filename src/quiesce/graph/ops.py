@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +165,16 @@ def is_relu(node: fx.Node) -> bool:
     if node.target in (aten.hardtanh.default, aten.clamp.default):
         return bool(argument(node, 1, "min_val" if node.target is aten.hardtanh.default else "min", -1) == 0)
     return node.target in (aten.relu.default, aten.relu6.default)
+
+
+def upper_bound(relu: fx.Node) -> float:
+    """Return the greatest value that a node of :func:`is_relu` gives: 6 of a ReLU6, infinity of a ReLU."""
+    if relu.target is aten.relu6.default:
+        return 6.0
+    if relu.target is aten.hardtanh.default:
+        return float(argument(relu, 2, "max_val", 1.0))
+    high = argument(relu, 2, "max", None) if relu.target is aten.clamp.default else None
+    return math.inf if high is None else float(high)
 
 
 def pads_zeros(node: fx.Node) -> bool:

@@ -15,7 +15,16 @@ from torch import fx
 
 from quiesce.errors import ModelError, RecipeError, nearest_name
 from quiesce.graph.backends.backend import Backend
-from quiesce.graph.ops import WEIGHT_OPS, input_node, is_relu, is_weight_op, operands, origin, weight_node
+from quiesce.graph.ops import (
+    WEIGHT_OPS,
+    input_node,
+    is_relu,
+    is_weight_op,
+    operands,
+    origin,
+    upper_bound,
+    weight_node,
+)
 from quiesce.graph.rewrite import free_name, tidy
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from quiesce.quant.spec import QuantizationSpec
@@ -114,6 +123,14 @@ def _skips(branches: list[fx.Node]) -> list[fx.Node]:
     """Leave out the last of ``branches`` that comes straight from a weight operator, and from there to here only."""
     made = [n for n in branches if is_weight_op(n) and len(n.users) == 1]
     return [n for n in branches if n is not max(made, default=None)]
+
+
+def end_grids_at_bounds(gm: fx.GraphModule) -> None:
+    """Keep learned scales behind a ReLU6 from ending above 6: a kernel on integers cuts off where its grid ends."""
+    for node in gm.graph.nodes:
+        quantizer = getattr(gm, str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, ActivationFakeQuantize) and is_relu(node.args[0]):
+            quantizer.largest = upper_bound(node.args[0])
 
 
 def _layer_bits(recipe: Recipe, index: int, edge: bool, override: LayerOverride | None) -> tuple[int, int | None]:

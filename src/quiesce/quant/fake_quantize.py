@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class ActivationFakeQuantize(nn.Module):
         self.spec = spec
         self.enabled = True
         self.drop: Drop | None = None
+        self.largest = math.inf
+        """Value above which the grid shall not end when the scale has been learned."""
         self._learned_bounds: tuple[float, float] | None = None
         self.register_buffer("scale", like.new_ones(()))
         self.register_buffer("zero_point", like.new_zeros(()))
@@ -152,6 +155,8 @@ class ActivationFakeQuantize(nn.Module):
         self._learned_bounds = self.drop = None
         self.scale.requires_grad_(False)
         self.scale.grad = None
+        if self.largest < math.inf:
+            self.scale.clamp_(max=self.largest / (self.spec.quant_max - float(self.zero_point)))
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         self.scale.copy_(scale)
