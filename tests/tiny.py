@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import textwrap
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +88,17 @@ def job(prepared: Prepared, settings: Recipe) -> Job:
         reconstruction=settings.reconstruction,  # type: ignore[arg-type]
         regularizer_weight=regularizer_weight(prepared.graph, settings),
     )
+
+
+def run_examples(page: str, section: str) -> None:
+    """Run the Python examples of a page's section one after the other, each on its own."""
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    blocks = re.findall(
+        r"^ *```python\n(.*?)^ *```", text.split(f"\n## {section}\n")[1].split("\n## ")[0], re.MULTILINE | re.DOTALL
+    )
+    assert blocks, f"{page} has no example in {section}"
+    for block in blocks:
+        exec(compile(textwrap.dedent(block), page, "exec"), {})
 
 
 def absolute(losses: list[ModuleLoss]) -> list[float]:

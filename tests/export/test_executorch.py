@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from quiesce.graph.capture import capture, interface_of
 from quiesce.quant.fake_quantize import WeightFakeQuantize
 from quiesce.quant.spec import QuantizationSpec
 from small_nets import CASES, captured, nearest, quantized, relative_error
-from tiny import Chain, images, recipe
+from tiny import Chain, images, recipe, run_examples
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what executorch's import and its passes warn of
 
@@ -128,10 +127,7 @@ def test_the_example_of_the_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs/deploy.md").read_text(encoding="utf-8")
-    section = page.split("\n## ExecuTorch\n")[1].split("\n## ")[0]
-    (block,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    exec(compile(block, "docs/deploy.md", "exec"), {})
+    run_examples("docs/deploy.md", "ExecuTorch")
     assert "34 of 35 layers on integers" in capsys.readouterr().out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from quiesce.errors import ModelError, OutputError
 from quiesce.export.export import EXPORT_OPTIONS, Export
 from quiesce.outputs import RESULT_FILES
 from quiesce.pipeline import EXPORTS, QuantizedModel
-from tiny import Chain, images, recipe
+from tiny import Chain, images, recipe, run_examples
 
 Command = Callable[..., tuple[int, str, str]]
-PAGE = Path(__file__).parents[2] / "docs/deploy.md"
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +126,7 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 @pytest.mark.parametrize("section", ["ONNX", "OpenVINO", "TensorRT"])
-def test_the_examples_of_the_page_run(
-    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_examples_of_the_page_run(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = PAGE.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
-    for block in re.findall(r"^ *```python\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
-        exec(compile(textwrap.dedent(block), "docs/deploy.md", "exec"), {})
+    run_examples("docs/deploy.md", section)
     assert list(tmp_path.iterdir())

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import subprocess
 import sys
-import textwrap
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from quiesce.export.program import EXTRA_FILE, as_program, export_program
 from quiesce.graph.capture import capture
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers
 from small_nets import CASES, call, captured, nearest, quantized
-from tiny import Chain, images, recipe
+from tiny import Chain, images, recipe, run_examples
 
 LAYERS = {
     "conv": lambda i: nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1),
@@ -170,10 +168,7 @@ def test_the_examples_of_the_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs/deploy.md").read_text(encoding="utf-8")
-    section = page.split("\n## torch.export program\n")[1].split("\n## ")[0]
-    for block in re.findall(r"^ *```python\n(.*?)^ *```", section, re.MULTILINE | re.DOTALL):
-        exec(compile(textwrap.dedent(block), "docs/deploy.md", "exec"), {})
+    run_examples("docs/deploy.md", "torch.export program")
     assert capsys.readouterr().out == "4\n"
 
 
