@@ -7,13 +7,7 @@ what keeps a runtime from computing something else than the simulation, is in do
 
 from __future__ import annotations
 
-import copy
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,17 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
-from torch.export import Dim
+from torch import fx
 
 from quiesce.errors import ModelError
 from quiesce.export.containers import StoredWeight, store_weight
 from quiesce.export.export import Export, require
+from quiesce.export.onnx_translation import DOMAIN, new_node, translate
 from quiesce.export.opset13 import OPSET as COMPAT_OPSET
-from quiesce.export.opset13 import TRANSLATED, lower
+from quiesce.export.opset13 import lower
 from quiesce.graph.backends import BACKENDS
-from quiesce.graph.capture import interface_of
-from quiesce.graph.rewrite import tidy
 from quiesce.outputs import check_new, write_bytes
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers
 from quiesce.recipe import Recipe
@@ -42,7 +34,6 @@ if TYPE_CHECKING:
 
 IR_VERSIONS = {13: 8, 21: 10, 25: 13}
 """The oldest file format that has what the opset needs."""
-DOMAIN = "quiesce"
 _LONGEST_PROTOBUF = 2**31 - 1
 
 
@@ -121,8 +112,7 @@ def onnx_network(
     integer_kernels = backend.integer_bias and all(w.width == 8 for w in weights.values())
     bounded = backend.onnx_for_onnxruntime and not form.float_bias and not integer_kernels
     opset = COMPAT_OPSET if form.compat else (25 if two_bits else 21)
-    model = _translated(graph)
-    _pool_means(model.graph)
+    model = translate(graph)
     if not form.compat:
         version_converter.convert_version(model, opset)
     _Writer(model, graph, weights, bounded).replace_markers()
@@ -151,101 +141,6 @@ def _stored_weights(graph: fx.GraphModule, form: Form, fill: bool) -> dict[str, 
                 shown, quantizer, narrowest=narrowest, widest=widest, symmetric=form.symmetric, fill=fill
             )
     return found
-
-
-class _Marker(nn.Module):
-    """Stands for a fake-quantizer while torch.onnx translates the network: one node of a domain of our own."""
-
-    weight: Tensor | None
-
-    def __init__(self, name: str, weight: Tensor | None) -> None:
-        super().__init__()
-        self.name = name
-        self.register_buffer("weight", weight)
-
-    def forward(self, x: Tensor | None = None) -> Tensor:
-        value = x if self.weight is None else self.weight
-        assert value is not None
-        marked: Tensor = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::FakeQuantize",
-            (value,),
-            {"quantizer": self.name},
-            dtype=value.dtype,
-            shape=value.shape,
-            version=1,
-        )
-        return marked
-
-
-def _marked(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy on the CPU with a marker for every fake-quantizer."""
-    graph = copy.deepcopy(graph).cpu()
-    for node in [n for n in graph.graph.nodes if n.op == "call_module"]:
-        quantizer = getattr(graph, str(node.target))
-        weight = None
-        if isinstance(quantizer, WeightFakeQuantize):
-            weight = quantizer.dequantized_weight()
-            node.args = ()  # a network loaded from a file has no float weight to pass
-        setattr(graph, str(node.target), _Marker(str(node.target), weight))
-    return tidy(graph)
-
-
-def _translated(graph: fx.GraphModule) -> ir.Model:
-    """Return the network in ONNX, with markers for fake-quantizers and a free batch size."""
-    forms = interface_of(graph).forms
-    # Two images, as torch.export takes a size of 1 for a constant.
-    example = tuple(torch.zeros([2 if n is None else n for n in form.shape], dtype=form.dtype) for form in forms)
-    free = tuple({axis: Dim.DYNAMIC for axis, n in enumerate(form.shape) if n is None} for form in forms)
-    count = len(next(n for n in graph.graph.nodes if n.op == "output").args[0])
-    names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
-    try:
-        with torch.no_grad(), _quiet():
-            program = torch.export.export(_marked(graph), example, dynamic_shapes=free)
-            translated = torch.onnx.export(
-                program, dynamo=True, opset_version=TRANSLATED, verbose=False, output_names=names
-            )
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"torch.onnx can't translate the network ({type(error).__name__}: {reason}); "
-            "change what the message names, or export the network in another format."
-        ) from error
-    assert translated is not None
-    return translated.model
-
-
-def _pool_means(graph: ir.Graph) -> None:
-    """Write means over all positions of images as global average pools, which runtimes compute on integers."""
-    import onnx_ir as ir
-
-    for node in [n for n in graph if n.op_type == "ReduceMean" and len(n.inputs) == 2]:
-        x, axes = node.inputs
-        if x is None or x.shape is None or axes is None:
-            continue
-        tensor, rank = ir.convenience.get_const_tensor(axes), len(x.shape)
-        if tensor is None or sorted(axis % rank for axis in tensor.numpy().tolist()) != list(range(2, rank)):
-            continue
-        keepdims = node.attributes.get("keepdims")
-        new = [_node("GlobalAveragePool", [x], f"{node.outputs[0].name}_pool")]
-        if keepdims is not None and not keepdims.as_int():
-            new.append(_node("Squeeze", [new[0].outputs[0], axes], f"{node.outputs[0].name}_squeezed"))
-        ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, new[-1].outputs)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the translation from printing; what goes wrong is in its error."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 class _Writer:
@@ -279,7 +174,7 @@ class _Writer:
         scale = self._initializer(f"{tensor}_scale", weight.scale)
         zero_point = self._initializer(f"{tensor}_zero_point", weight.zero_point, weight.container)
         axis = {} if weight.ch_axis is None else {"axis": weight.ch_axis}
-        result = _node("DequantizeLinear", [integers, scale, zero_point], f"{tensor}_dq", axis)
+        result = new_node("DequantizeLinear", [integers, scale, zero_point], f"{tensor}_dq", axis)
         self._replace(replaced, [result])
 
     def _replace_activation(self, marker: ir.Node, name: str) -> None:
@@ -290,18 +185,18 @@ class _Writer:
         x = marker.inputs[0]
         if spec.bits < 8 or self.always_bounded:
             bound = self._initializer(f"{tensor}_high", scale * np.float32(spec.quant_max - zero))
-            nodes.append(_node("Min", [x, bound], f"{tensor}_min"))
+            nodes.append(new_node("Min", [x, bound], f"{tensor}_min"))
         if spec.bits < 8 and spec.symmetric:  # an unsigned container ends at 0 by itself
             bound = self._initializer(f"{tensor}_low", scale * np.float32(spec.quant_min - zero))
-            nodes.append(_node("Max", [nodes[-1].outputs[0], bound], f"{tensor}_max"))
+            nodes.append(new_node("Max", [nodes[-1].outputs[0], bound], f"{tensor}_max"))
         container = "INT8" if spec.symmetric else "UINT8"
         parameters = [
             self._initializer(f"{tensor}_scale", scale),
             self._initializer(f"{tensor}_zero_point", np.asarray(zero), container),
         ]
         x = nodes[-1].outputs[0] if nodes else x
-        nodes.append(_node("QuantizeLinear", [x, *parameters], f"{tensor}_q"))
-        nodes.append(_node("DequantizeLinear", [nodes[-1].outputs[0], *parameters], f"{tensor}_dq"))
+        nodes.append(new_node("QuantizeLinear", [x, *parameters], f"{tensor}_q"))
+        nodes.append(new_node("DequantizeLinear", [nodes[-1].outputs[0], *parameters], f"{tensor}_dq"))
         self._replace([marker], nodes)
 
     def _initializer(self, name: str, numbers: NDArray[Any], container: str | None = None) -> ir.Value:
@@ -316,12 +211,6 @@ class _Writer:
         import onnx_ir as ir
 
         ir.convenience.replace_nodes_and_values(self.graph, old[0], old, new, old[-1].outputs, new[-1].outputs)
-
-
-def _node(operator: str, inputs: list[Any], output: str, attributes: dict[str, Any] | None = None) -> ir.Node:
-    import onnx_ir as ir
-
-    return ir.node(operator, inputs, attributes or {}, outputs=[ir.Value(name=output)], name=output)
 
 
 def _tensor_name(quantizer: str) -> str:

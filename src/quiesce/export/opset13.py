@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quiesce.errors import ModelError
+from quiesce.export.onnx_translation import OPSET as TRANSLATED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OPSET, TRANSLATED = 13, 18
+OPSET = 13
 
 
 def lower(model: ir.Model) -> None:
