@@ -55,7 +55,7 @@ BITS = ((8, 8), (4, 8), (4, 4), (2, 4))
 INTEGER_KERNELS = ((8, 8), (4, 8))
 """Bits at which the runtimes have integer kernels."""
 SIZE, BATCH, LEARNING_RATE = 32, 64, 0.05
-ROUNDS = 25
+ROUNDS, IMAGES_A_RUN = 25, 64
 OPENVINO_LAYERS = ("Convolution", "FullyConnected")
 
 
@@ -174,7 +174,7 @@ def simulate(case: Case, recipe: Recipe) -> tuple[QuantizedModel, list[Tensor]]:
         prepared: Prepared = prepare(case.model, case.calibration, recipe, name=case.name)
         runs, _ = run(prepared, recipe)
         network = QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, None)
-        _LAST.update(key=key, value=(network, outputs_of(network, case.test)))
+        _LAST.update(key=key, value=(network, outputs_of(network, case.test, IMAGES_A_RUN)))
     return _LAST["value"]
 
 
@@ -192,7 +192,7 @@ def onnx_row(
 ) -> dict[str, Any]:
     path = folder / "quantized.onnx"
     export = export_onnx(network.graph_module, network.recipe, path, compat=compat, force=True)
-    parity = check_parity(network.graph_module, path, case.test, simulated=simulated)
+    parity = check_parity(network.graph_module, path, case.test, simulated=simulated, batch_size=IMAGES_A_RUN)
     networks = {"float32": session(flat), "quantized": session(path), "unpacked": session(path, unpacked=True)}
     times = race(networks, case.test)
     inventory = inspect(path)

@@ -83,7 +83,7 @@ def check_parity(
 
     Outputs are compared on all samples, and layer by layer on the first ``layer_images``: there each layer is given
     the inputs that ONNX Runtime gave it, in float64, so that differences do not add up. ``simulated`` are the
-    network's outputs, if they are there already.
+    network's outputs, if they are there already, made in batches of this size.
     """
     file, inside = OnnxSession(path), OnnxSession(path, list(_activations(graph)))
     if simulated is None:
@@ -93,7 +93,7 @@ def check_parity(
     if len(simulated) == 1 and simulated[0].ndim == 2:
         images = torch.nonzero(simulated[0].argmax(1) != exported[0].argmax(1))
         differing = len(images)
-        at_tie = sum(_breaks_a_tie(graph, inside, samples.select(image)) for image in images)
+        at_tie = sum(_breaks_a_tie(graph, inside, samples, int(image), batch_size) for image in images)
     pairs = [(y.double(), other.double()) for y, other in zip(simulated, exported, strict=True)]
     return Parity(
         images=len(samples),
@@ -127,15 +127,26 @@ def _summed(layers: list[LayerParity]) -> LayerParity:
     )
 
 
-def _breaks_a_tie(graph: fx.GraphModule, inside: OnnxSession, image: Samples) -> bool:
-    """True if on this image a tie was broken against float64, in the simulation or in the file."""
-    flat = interface_of(graph).flatten(image.args, image.kwargs)
+def _breaks_a_tie(graph: fx.GraphModule, inside: OnnxSession, samples: Samples, image: int, batch_size: int) -> bool:
+    """True if on this image a tie was broken against float64, in the simulation or in the file.
+
+    Both run its whole batch, as the last bits of sums, and with them ties, depend on the batch size.
+    """
+    row = image % batch_size
+    batch = samples.select(slice(image - row, image - row + batch_size))
+    flat = interface_of(graph).flatten(batch.args, batch.kwargs)
     for integers in (inside.integers(flat), _simulated_integers(graph, flat)):
-        reference = _Float64(graph, integers)
-        reference.run(*flat)
+        reference = _Float64(graph, {name: _of_image(t, row, len(batch)) for name, t in integers.items()})
+        reference.run(*[_of_image(x, row, len(batch)) for x in flat])
         if any(layer.ties_broken for layer in reference.found):
             return True
     return False
+
+
+def _of_image(tensor: Tensor, row: int, images: int) -> Tensor:
+    """Return one image's part of a tensor that has the same number of rows for each."""
+    rows = tensor.shape[0] // images
+    return tensor[row * rows : (row + 1) * rows]
 
 
 def _activations(graph: fx.GraphModule) -> dict[str, ActivationFakeQuantize]:
