@@ -272,13 +272,8 @@ def evaluate(
     stored = quantized.preprocessing
     preprocessing = override(None if stored is None else Preprocessing.from_dict(stored), **preparation)
     samples = load_data(data, preprocessing, limit=images, seed=seed, what="evaluation")
-    try:
+    with _data_that_fits(folder, data):
         metrics = measure(quantized.to(place), samples.to(place), batch_size=batch_size)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"the network of {folder} can't be run on {data} ({reason}); give data as it was made for."
-        ) from error
     table = Table("network", "images", "top-1 %", title=f"{folder}")
     table.add_row(quantized.result.model, str(metrics.images), _fixed(metrics.top1, 2))
     _print(table)
@@ -368,7 +363,9 @@ def export(
     if samples is not None:
         from quiesce.export.parity import check_parity
 
-        _print(_parity_table(check_parity(quantized.graph_module, path, samples)))
+        with _data_that_fits(folder, str(check)):
+            parity = check_parity(quantized.graph_module, path, samples)
+        _print(_parity_table(parity))
 
 
 @app.command()
@@ -553,6 +550,18 @@ def _analysis_table(analysis: Analysis, name: str) -> Table:
             unit_of.get(module, ""),
         )
     return table
+
+
+@contextmanager
+def _data_that_fits(folder: Path, data: str) -> Iterator[None]:
+    """Within the block, data that the saved network can't take is an error of the user's."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"the network of {folder} can't be run on {data} ({reason}); give data as it was made for."
+        ) from error
 
 
 def _formats_with(option: str) -> str:

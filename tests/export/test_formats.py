@@ -93,6 +93,12 @@ def test_a_file_is_compared_with_the_simulation(folder: Path, tmp_path: Path, co
     assert re.search(r"that differ elsewhere\s*│\s*0 ", out)
 
 
+def test_images_that_do_not_fit_are_an_error_in_one_line(folder: Path, tmp_path: Path, command: Command) -> None:
+    np.savez(tmp_path / "grey.npz", x=images(8, channels=1).numpy())
+    code, _, err = command("export", folder, "--format", "onnx", "--check", tmp_path / "grey.npz")
+    assert code == 1 and "can't be run on" in err and "grey.npz" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
