@@ -6,12 +6,14 @@ what moved or is new is rewritten here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quiesce.errors import ModelError
 from quiesce.export.onnx_translation import OPSET as TRANSLATED
+from quiesce.export.onnx_translation import new_node
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,6 +35,8 @@ def lower(model: ir.Model) -> None:
             _slice_shape(model.graph, node)
         elif node.op_type == "HardSwish":
             _compose_hard_swish(model.graph, node)
+        elif node.op_type == "LayerNormalization":
+            _compose_layer_norm(model.graph, node)
         elif node.op_type == "Split":
             node.attributes.pop("num_outputs", None)  # without sizes opset 13 splits evenly, too
         elif node.op_type == "Reshape":
@@ -67,15 +71,16 @@ def _slice_shape(graph: ir.Graph, node: ir.Node) -> None:
     first = 0 if start is None else start.as_int()
     last = np.iinfo(np.int64).max if end is None else end.as_int()
     whole = ir.node("Shape", [node.inputs[0]], outputs=[ir.Value(name=f"{result.name}_whole")])
-    ends = [_constant(graph, f"{result.name}_{name}", value) for name, value in (("start", first), ("end", last))]
+    numbers = {"start": first, "end": last}
+    ends = [_constant(graph, f"{result.name}_{name}", np.asarray([n], np.int64)) for name, n in numbers.items()]
     part = ir.node("Slice", [whole.outputs[0], *ends], outputs=[ir.Value(name=f"{result.name}_part")])
     ir.convenience.replace_nodes_and_values(graph, node, [node], [whole, part], [result], [part.outputs[0]])
 
 
-def _constant(graph: ir.Graph, name: str, value: int) -> ir.Value:
+def _constant(graph: ir.Graph, name: str, value: NDArray[Any]) -> ir.Value:
     import onnx_ir as ir
 
-    constant = ir.Value(name=name, const_value=ir.Tensor(np.asarray([value], np.int64), name=name))
+    constant = ir.Value(name=name, const_value=ir.Tensor(value, name=name))
     graph.register_initializer(constant)
     return constant
 
@@ -88,6 +93,31 @@ def _compose_hard_swish(graph: ir.Graph, node: ir.Node) -> None:
     gate = ir.node("HardSigmoid", [x], {"alpha": 1 / 6, "beta": 0.5}, outputs=[ir.Value(name=f"{result.name}_gate")])
     product = ir.node("Mul", [x, gate.outputs[0]], outputs=[ir.Value(name=f"{result.name}_product")])
     ir.convenience.replace_nodes_and_values(graph, node, [node], [gate, product], [result], [product.outputs[0]])
+
+
+def _compose_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
+    """(x − mean) / √(variance + ε) · scale + bias, over the last axes."""
+    import onnx_ir as ir
+
+    (x, scale, *rest), result = node.inputs, node.outputs[0]
+    bias = rest[0] if rest else None
+    first, epsilon = (node.attributes.get(name) for name in ("axis", "epsilon"))
+    axes = list(range(-1 if first is None else first.as_int(), 0))
+    if not axes or len(node.outputs) > 1:
+        return  # axes counted from the front, or statistics as outputs: torch.onnx writes neither
+    new: list[ir.Node] = []
+
+    def add(operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        new.append(new_node(operator, list(inputs), f"{result.name}_{len(new)}", attributes))
+        return new[-1].outputs[0]
+
+    least = np.asarray(1e-5 if epsilon is None else epsilon.as_float(), np.float32)
+    centred = add("Sub", x, add("ReduceMean", x, axes=axes))
+    variance = add("ReduceMean", add("Mul", centred, centred), axes=axes)
+    deviation = add("Sqrt", add("Add", variance, _constant(graph, f"{result.name}_epsilon", least)))
+    y = add("Mul", add("Div", centred, deviation), scale)
+    y = y if bias is None else add("Add", y, bias)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], new, [result], [y])
 
 
 def _drop_defaults(node: ir.Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ class Parity:
     """Of these, images on which a tie was broken the other way on one side."""
     layers: list[LayerParity]
     """From the first ``layer_images`` images."""
+    output_error: float
+    """Greatest difference of an output from what float64 makes of the file's own integers, as a share of the largest
+    output, on the first ``layer_images`` images: the part of the network behind the last quantizers, without ties."""
 
     @property
     def values(self) -> int:
@@ -91,10 +95,13 @@ def check_parity(
     exported = outputs_of(lambda *a, **k: file(interface_of(graph).flatten(a, k)), samples, batch_size)
     differing = at_tie = 0
     if len(simulated) == 1 and simulated[0].ndim == 2:
-        images = torch.nonzero(simulated[0].argmax(1) != exported[0].argmax(1))
+        images = torch.nonzero(simulated[0].argmax(1) != exported[0].argmax(1)).flatten().tolist()
         differing = len(images)
-        at_tie = sum(_breaks_a_tie(graph, inside, samples, int(image), batch_size) for image in images)
+        for number, rows in groupby(images, key=lambda image: image // batch_size):
+            batch = samples.select(slice(number * batch_size, (number + 1) * batch_size))
+            at_tie += _with_broken_ties(graph, inside, batch, [image % batch_size for image in rows])
     pairs = [(y.double(), other.double()) for y, other in zip(simulated, exported, strict=True)]
+    layers, output_error = _layer_parities(graph, inside, samples.select(slice(0, layer_images)), batch_size)
     return Parity(
         images=len(samples),
         largest_difference=max(float((y - other).abs().max()) for y, other in pairs),
@@ -102,19 +109,32 @@ def check_parity(
         sqnr_db=sqnr_db(exported, simulated),
         top1_differs=differing,
         top1_differs_at_tie=at_tie,
-        layers=_layer_parities(graph, inside, samples.select(slice(0, layer_images)), batch_size),
+        layers=layers,
+        output_error=output_error,
     )
 
 
-def _layer_parities(graph: fx.GraphModule, inside: OnnxSession, samples: Samples, batch_size: int) -> list[LayerParity]:
+def _layer_parities(
+    graph: fx.GraphModule, inside: OnnxSession, samples: Samples, batch_size: int
+) -> tuple[list[LayerParity], float]:
+    """Return each quantizer's integers and the outputs' error, against float64 on the file's own integers."""
     found: dict[str, list[LayerParity]] = {}
+    errors = [0.0]
     for batch in samples.batches(batch_size):
         flat = interface_of(graph).flatten(batch.args, batch.kwargs)
-        reference = _Float64(graph, inside.integers(flat))
-        reference.run(*flat)
+        outputs, integers = inside.with_integers(flat)
+        reference = _Float64(graph, integers)
+        expected = reference.run(*flat)
+        errors += [_relative_error(y, wanted) for y, wanted in zip(outputs, expected, strict=True)]
         for layer in reference.found:
             found.setdefault(layer.quantizer, []).append(layer)
-    return [_summed(layers) for layers in found.values()]
+    return [_summed(layers) for layers in found.values()], max(errors)
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    largest = expected.double().abs().max()
+    difference = (found.double() - expected.double()).abs().max()
+    return float(difference / largest if largest > 0 else difference)
 
 
 def _summed(layers: list[LayerParity]) -> LayerParity:
@@ -127,20 +147,20 @@ def _summed(layers: list[LayerParity]) -> LayerParity:
     )
 
 
-def _breaks_a_tie(graph: fx.GraphModule, inside: OnnxSession, samples: Samples, image: int, batch_size: int) -> bool:
-    """True if on this image a tie was broken against float64, in the simulation or in the file.
+def _with_broken_ties(graph: fx.GraphModule, inside: OnnxSession, batch: Samples, rows: list[int]) -> int:
+    """Return on how many of these images a tie was broken against float64, in the simulation or in the file.
 
-    Both run its whole batch, as the last bits of sums, and with them ties, depend on the batch size.
+    Both run the whole batch, as the last bits of sums, and with them ties, depend on the batch size.
     """
-    row = image % batch_size
-    batch = samples.select(slice(image - row, image - row + batch_size))
     flat = interface_of(graph).flatten(batch.args, batch.kwargs)
-    for integers in (inside.integers(flat), _simulated_integers(graph, flat)):
+    sides = (inside.integers(flat), _simulated_integers(graph, flat))
+
+    def broken(row: int, integers: dict[str, Tensor]) -> bool:
         reference = _Float64(graph, {name: _of_image(t, row, len(batch)) for name, t in integers.items()})
         reference.run(*[_of_image(x, row, len(batch)) for x in flat])
-        if any(layer.ties_broken for layer in reference.found):
-            return True
-    return False
+        return any(layer.ties_broken for layer in reference.found)
+
+    return sum(any(broken(row, integers) for integers in sides) for row in rows)
 
 
 def _of_image(tensor: Tensor, row: int, images: int) -> Tensor:
@@ -195,7 +215,13 @@ class OnnxSession:
         return self._run(self.outputs, flat)
 
     def integers(self, flat: list[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.quantizers, self._run(list(self.quantizers.values()), flat), strict=True))
+        return self.with_integers(flat)[1]
+
+    def with_integers(self, flat: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the outputs, and the integers that they were computed from."""
+        found = self._run([*self.outputs, *self.quantizers.values()], flat)
+        count = len(self.outputs)
+        return found[:count], dict(zip(self.quantizers, found[count:], strict=True))
 
     def _run(self, names: list[str], flat: list[Tensor]) -> list[Tensor]:
         inputs = [i.name for i in self.session.get_inputs()]
