@@ -48,6 +48,7 @@ def test_a_faithful_file_agrees_layer_by_layer_and_at_the_end(network: Quantized
     assert found.layers[0].values == 24 * 3 * 64  # the input images
     assert (found.mismatches, found.top1_differs) == (0, 0)
     assert found.sqnr_db is None or found.sqnr_db > 100
+    assert found.output_error < 1e-5
 
 
 def test_a_weight_scale_that_is_off_shows_in_the_layer_behind_it_only(
@@ -74,6 +75,7 @@ def test_a_changed_top_1_without_a_tie_is_told_from_one_with(
     path = changed(file, tmp_path, "head_weight_scale", -1.0)
     found = check_parity(network.graph_module, path, Samples((images(24, seed=3),)))
     assert found.top1_differs > 12
+    assert found.mismatches == 0 and found.output_error > 1  # behind the last quantizer
     assert found.top1_differs_at_tie < found.top1_differs
 
 
