@@ -339,7 +339,7 @@ def parity_table(rows: list[dict[str, Any]]) -> str:
 def speed_table(rows: list[dict[str, Any]]) -> str:
     """All files, one image on one thread, against float32 in the same runtime."""
     head = (
-        "| Network | W/A | Backend | Stored in | Bytes | On integers | float32 ms | Speed | Unpacked | Top-1 % | SQNR |"
+        "| Network | W/A | Backend | Stored in | Bytes | On integers | Float, ms | Speed | Unpacked | Top-1 % | SQNR |"
     )
     lines = [head, "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|"]
     for row in rows:
