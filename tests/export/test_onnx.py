@@ -273,12 +273,15 @@ def test_layer_norms_are_composed_for_opset_13(axes: int, affine: bool, tmp_path
     class Normed(Layers):
         def __init__(self) -> None:
             super().__init__()
-            self.norm = nn.LayerNorm([8] * axes, eps=1e-3, elementwise_affine=affine)
-            for parameter in self.norm.parameters():
+            self.norms = nn.Sequential(
+                *(nn.LayerNorm([8] * axes, eps=1e-3, elementwise_affine=affine), nn.ReLU()),
+                *(nn.LayerNorm([8] * axes, eps=1e-2, elementwise_affine=affine), nn.ReLU()),
+            )
+            for parameter in self.norms.parameters():
                 nn.init.uniform_(parameter, 0.5, 1.5)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.pooled(self.d(self.norm(self.maps(x))))
+            return self.pooled(self.d(self.norms(self.maps(x))))
 
     network = quantized(Normed(), 4, 8)
     assert_same(parity(network, exported(network, tmp_path, compat=True).path))

@@ -88,7 +88,7 @@ def export_onnx(
     """
     check_new(path, force)
     network = onnx_network(graph, recipe, Form(compat=compat, symmetric=symmetric), preprocessing)
-    _open_in_onnxruntime(network.serialized)
+    _open_in_onnxruntime(network.serialized, "" if compat else " Another form of it may: compat = true.")
     write_bytes(path, network.serialized)
     return Export(path, f"ONNX, opset {network.opset}", len(network.serialized), network.notes)
 
@@ -270,7 +270,7 @@ def _finish(model: ir.Model, about: dict[str, str]) -> None:
     model.metadata_props.update(about)
 
 
-def _open_in_onnxruntime(serialized: bytes) -> None:
+def _open_in_onnxruntime(serialized: bytes, remedy: str) -> None:
     """Open the file as its readers will.
 
     Raises:
@@ -287,6 +287,6 @@ def _open_in_onnxruntime(serialized: bytes) -> None:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"the ONNX file does not load in ONNX Runtime {onnxruntime.__version__} ({reason}); nothing was written. "
-            "Another form of it may: compat = true."
+            f"the ONNX file does not load in ONNX Runtime {onnxruntime.__version__} ({reason}); nothing was written."
+            f"{remedy}"
         ) from error

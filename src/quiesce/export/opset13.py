@@ -108,7 +108,7 @@ def _compose_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     new: list[ir.Node] = []
 
     def add(operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        new.append(new_node(operator, list(inputs), f"{result.name}_{len(new)}", attributes))
+        new.append(new_node(operator, list(inputs), f"{result.name}_composed_{len(new)}", attributes))
         return new[-1].outputs[0]
 
     least = np.asarray(1e-5 if epsilon is None else epsilon.as_float(), np.float32)
