@@ -287,6 +287,7 @@ def fuzz(kind: Kind, original: Path, folder: Path, draw: random.Random) -> str:
 
 
 def main(original: Path, first: int, count: int, kinds: list[str]) -> dict[str, Any]:
+    before = memory("VmRSS")
     ends: dict[str, Counter[str]] = {name: Counter() for name in kinds}
     failures = []
     for seed in range(first, first + count):
@@ -298,8 +299,13 @@ def main(original: Path, first: int, count: int, kinds: list[str]) -> dict[str, 
             except Exception as error:
                 failures.append(f"{name} {seed}: {type(error).__name__}: {error}"[:500])
             signal.alarm(0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"ends": ends, "failures": failures, "peak": peak}
+    return {"ends": ends, "failures": failures, "peak": memory("VmHWM") - before}
+
+
+def memory(entry: str) -> int:
+    """Bytes of physical memory, now (VmRSS) or at most so far (VmHWM). ru_maxrss would count the parent's as well."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{entry}:\s+(\d+) kB", status, re.MULTILINE)[1])  # type: ignore[index]
 
 
 if __name__ == "__main__":
