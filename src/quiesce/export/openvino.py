@@ -16,6 +16,8 @@ from quiesce.recipe import Recipe
 
 NARROWEST = 4
 """Bits of the narrowest integers that openvino 2026.4 reads from ONNX."""
+RUNTIME_OPTIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""Read by the plugin with the network. By default it quantizes inputs of linear layers with packed weights again."""
 
 
 def export_openvino(
@@ -60,6 +62,8 @@ def export_openvino(
             model = openvino.convert_model(source)
             for key, value in network.metadata.items():
                 model.set_rt_info(value, key.split("."))
+            for key, value in RUNTIME_OPTIONS.items():
+                model.set_rt_info(value, ["runtime_options", key])
             openvino.save_model(model, new, compress_to_fp16=False)
         except RuntimeError as error:
             reason = str(error).strip().rpartition("\n")[2]
