@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import quiesce
 from quiesce.data import Samples
-from quiesce.export.parity import check_parity
+from quiesce.export.parity import Parity, check_parity
 from tiny import images, recipe
 
 SIZES = {
@@ -21,7 +23,6 @@ SIZES = {
     "timm:regnetx_002": 64,
     "torchvision:shufflenet_v2_x0_5": 64,
     "timm:convnext_atto": 64,
-    # the rest takes minutes
     "timm:vit_tiny_patch16_224": 224,
     "timm:mobilenetv3_small_050": 64,
     "timm:tf_efficientnet_lite0": 64,
@@ -60,7 +61,23 @@ SIZES = {
     "torchvision:squeezenet1_1": 64,
     "torchvision:mobilenet_v2": 64,
 }
-QUICK = list(SIZES)[:5]
+TWO_BITS = ("timm:resnet10t", "timm:mobilenetv2_035", "timm:regnetx_002", "timm:vit_tiny_patch16_224")
+INTEGER_KERNELS = (
+    "timm:resnet10t",
+    "timm:mobilenetv2_035",
+    "timm:regnetx_002",
+    "timm:mobilenetv3_small_050",
+    "timm:densenet121",
+    "timm:ghostnet_050",
+    "timm:efficientnet_b0",
+    "timm:vgg11",
+    "torchvision:googlenet",
+)
+
+
+def but_for(quick: list[str], names: Iterable[str]) -> list[Any]:
+    """Names as parameters, of which only the quick ones are in every run."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 def network(name: str) -> nn.Module:
@@ -99,38 +116,30 @@ def quantized(name: str, **settings: object) -> tuple[quiesce.QuantizedModel, Sa
     return model, Samples((1.5 * images(5, seed=9, size=size),))
 
 
-@pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export")  # levit keeps a cache
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in SIZES])
-def test_packed_weights(name: str, tmp_path: Path) -> None:
-    model, x = quantized(name, weight_bits=2 if name in QUICK[:2] else 4)
-    path = model.export_onnx(tmp_path / "network.onnx").path
-    found = check_parity(model.graph_module, path, x, layer_images=4)
+def assert_same(found: Parity) -> None:
+    """No integer differs but at rounding ties, nor do the outputs that are made of these integers.
+
+    From end to end a tie that was broken differently is carried on, far in a network of random weights, so that the
+    outputs' distance from the simulation's says nothing about a layer.
+    """
     assert found.values > 10_000
     assert found.farthest < 1e-3  # float32 rounds long sums
     assert found.mismatches <= found.values * 1e-6
-    # A tie that is broken differently is carried on, far in a network of random weights; a wrong layer is at 0 dB.
-    assert found.sqnr_db is None or found.sqnr_db > 10
-    assert found.output_error < 1e-4
+    assert found.output_error < 1e-5
     assert found.top1_differs == found.top1_differs_at_tie
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("timm:resnet10t", "timm:mobilenetv2_035"),
-        *(
-            pytest.param(n, marks=pytest.mark.long)
-            for n in SIZES
-            if n.split(":")[1].startswith(
-                ("regnetx", "mobilenetv3", "dense", "ghost", "efficientnet_b0", "vgg", "googl")
-            )
-        ),
-    ],
-)
+@pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export")  # levit keeps a cache
+@pytest.mark.parametrize("name", but_for(["timm:resnet10t", "timm:mobilenetv2_035", "timm:convnext_atto"], SIZES))
+def test_weights_of_few_bits(name: str, tmp_path: Path) -> None:
+    model, x = quantized(name, weight_bits=2 if name in TWO_BITS else 4)
+    for compat in (False, True):
+        path = model.export_onnx(tmp_path / f"compat-{compat}.onnx", compat=compat).path
+        assert_same(check_parity(model.graph_module, path, x, batch_size=4))
+
+
+@pytest.mark.parametrize("name", but_for(["timm:resnet10t"], INTEGER_KERNELS))
 def test_integer_kernels(name: str, tmp_path: Path) -> None:
     model, x = quantized(name, weight_bits=8, backend="onnxruntime")
     path = model.export_onnx(tmp_path / "network.onnx", compat=True).path
-    found = check_parity(model.graph_module, path, x, layer_images=4)
-    assert found.farthest < 1e-3
-    assert found.mismatches <= found.values * 1e-6
-    assert found.sqnr_db is None or found.sqnr_db > 10
+    assert_same(check_parity(model.graph_module, path, x, batch_size=4))
