@@ -62,6 +62,9 @@ SIZES = {
     "torchvision:mobilenet_v2": 64,
 }
 TWO_BITS = ("timm:resnet10t", "timm:mobilenetv2_035", "timm:regnetx_002", "timm:vit_tiny_patch16_224")
+ROUGH = ("timm:levit_128s",)
+"""With random weights their attention scores are in the thousands. The last bit of such a score is a thousandth of a
+probability, and float32 is as far from float64 in PyTorch too."""
 INTEGER_KERNELS = (
     "timm:resnet10t",
     "timm:mobilenetv2_035",
@@ -116,15 +119,15 @@ def quantized(name: str, **settings: object) -> tuple[quiesce.QuantizedModel, Sa
     return model, Samples((1.5 * images(5, seed=9, size=size),))
 
 
-def assert_same(found: Parity) -> None:
+def assert_same(found: Parity, *, rough: bool = False) -> None:
     """No integer differs but at rounding ties, nor do the outputs that are made of these integers.
 
     From end to end a tie that was broken differently is carried on, far in a network of random weights, so that the
     outputs' distance from the simulation's says nothing about a layer.
     """
     assert found.values > 10_000
-    assert found.farthest < 1e-3  # float32 rounds long sums
-    assert found.mismatches <= found.values * 1e-6
+    assert found.farthest < (1e-2 if rough else 1e-3)  # float32 rounds long sums
+    assert found.mismatches <= found.values * (1e-5 if rough else 1e-6)
     assert found.output_error < 1e-5
     assert found.top1_differs == found.top1_differs_at_tie
 
@@ -135,7 +138,7 @@ def test_weights_of_few_bits(name: str, tmp_path: Path) -> None:
     model, x = quantized(name, weight_bits=2 if name in TWO_BITS else 4)
     for compat in (False, True):
         path = model.export_onnx(tmp_path / f"compat-{compat}.onnx", compat=compat).path
-        assert_same(check_parity(model.graph_module, path, x, batch_size=4))
+        assert_same(check_parity(model.graph_module, path, x, batch_size=4), rough=name in ROUGH)
 
 
 @pytest.mark.parametrize("name", but_for(["timm:resnet10t"], INTEGER_KERNELS))
