@@ -40,6 +40,16 @@ def test_every_combination_loads_and_agrees(
     assert found is None or found > 30
 
 
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_inputs_of_linear_layers_are_not_quantized_again(weight_bits: int, tmp_path: Path) -> None:
+    """The plugin's defaults do so where weights are packed."""
+    network = quantized(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 10)), weight_bits, None
+    )
+    x = images(8, seed=9)
+    torch.testing.assert_close(outputs(exported(network, tmp_path), x), network(x), rtol=1e-4, atol=1e-5)
+
+
 def test_8_bit_containers_give_the_same_answers(tmp_path: Path) -> None:
     network = quantized(Kinds(nn.ReLU), 4, 4)
     x = images(8, seed=9)
