@@ -580,7 +580,7 @@ def _check_samples(quantized: QuantizedModel, data: str, images: int) -> Samples
 def _parity_table(parity: Parity) -> Table:
     table = Table("the file in ONNX Runtime, against the simulation", "", title=f"{parity.images:,} images")
     table.add_row("largest difference of an output", f"{parity.largest_difference:.3g} of {parity.largest_output:.3g}")
-    table.add_row("SQNR of the outputs, dB", "equal" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f}")
+    table.add_row("SQNR of the outputs, dB", NONE if parity.sqnr_db is None else f"{parity.sqnr_db:.1f}")
     table.add_row("images with another top-1", f"{parity.top1_differs}")
     table.add_row("… where a rounding tie was broken the other way", f"{parity.top1_differs_at_tie}")
     table.add_row("integers compared, layer by layer", f"{parity.values:,}")
