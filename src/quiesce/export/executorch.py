@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 from quiesce.errors import ModelError
 from quiesce.export.export import Export
-from quiesce.export.program import on_cpu, register_decomposed, trace
+from quiesce.export.program import register_decomposed, trace
 from quiesce.graph.capture import TensorForm, interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, is_relu, upper_bound, weight_node
-from quiesce.graph.rewrite import free_name, tidy
+from quiesce.graph.rewrite import free_name, on_cpu, tidy
 from quiesce.outputs import check_new, write_bytes
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import warnings
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
 
 from quiesce.errors import ModelError
+from quiesce.export.program import example_inputs, free_axes
 from quiesce.graph.capture import interface_of
-from quiesce.graph.rewrite import tidy
-from quiesce.quant.fake_quantize import WeightFakeQuantize
+from quiesce.graph.rewrite import on_cpu, replace_quantizers
+from quiesce.quant.fake_quantize import FakeQuantize, WeightFakeQuantize
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,15 +33,14 @@ def translate(graph: fx.GraphModule) -> ir.Model:
     Raises:
         ModelError: torch.onnx can't translate an operator.
     """
-    forms = interface_of(graph).forms
-    # Two images, as torch.export takes a size of 1 for a constant.
-    example = tuple(torch.zeros([2 if n is None else n for n in form.shape], dtype=form.dtype) for form in forms)
-    free = tuple({axis: Dim.DYNAMIC for axis, n in enumerate(form.shape) if n is None} for form in forms)
+    interface = interface_of(graph)
+    example = tuple(example_inputs(interface))
+    free = tuple(free_axes(form) for form in interface.forms)
     count = len(next(n for n in graph.graph.nodes if n.op == "output").args[0])
     names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
     try:
         with torch.no_grad(), _quiet():
-            program = torch.export.export(_marked(graph), example, dynamic_shapes=free)
+            program = torch.export.export(replace_quantizers(on_cpu(graph), _marker), example, dynamic_shapes=free)
             translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, output_names=names)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
@@ -79,17 +77,8 @@ class _Marker(nn.Module):
         return marked
 
 
-def _marked(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy on the CPU with a marker for every fake-quantizer."""
-    graph = copy.deepcopy(graph).cpu()
-    for node in [n for n in graph.graph.nodes if n.op == "call_module"]:
-        quantizer = getattr(graph, str(node.target))
-        weight = None
-        if isinstance(quantizer, WeightFakeQuantize):
-            weight = quantizer.dequantized_weight()
-            node.args = ()  # a network loaded from a file has no float weight to pass
-        setattr(graph, str(node.target), _Marker(str(node.target), weight))
-    return tidy(graph)
+def _marker(name: str, quantizer: FakeQuantize) -> _Marker:
+    return _Marker(name, quantizer.dequantized_weight() if isinstance(quantizer, WeightFakeQuantize) else None)
 
 
 def _pool_means(graph: ir.Graph) -> None:

@@ -7,7 +7,6 @@ plain ATen arithmetic, the simulation's own, so that nothing need be imported an
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import json
@@ -21,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from quiesce.errors import ModelError
 from quiesce.export.export import Export
-from quiesce.graph.capture import Interface, Leaf, interface_of
-from quiesce.graph.rewrite import tidy
+from quiesce.graph.capture import Interface, TensorForm, interface_of
+from quiesce.graph.rewrite import on_cpu, replace_quantizers
 from quiesce.outputs import check_new, write_bytes
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize, fake_quantizers
 from quiesce.quant.functional import dequantize, quantize
@@ -81,11 +80,7 @@ def trace(network: fx.GraphModule, interface: Interface, batch: int | None = Non
     Raises:
         ModelError: torch.export refuses it.
     """
-    free = [batch or _BATCH, *[_FREE] * max(len(form.shape) for form in interface.forms)]
-    examples = [
-        torch.zeros([free[axis] if size is None else size for axis, size in enumerate(form.shape)], dtype=form.dtype)
-        for form in interface.forms
-    ]
+    examples = example_inputs(interface, batch)
     args, kwargs = pytree.tree_map(lambda leaf: examples[leaf.index], interface.inputs)
     shapes = _dynamic_shapes(interface) if batch is None else None
     try:
@@ -99,6 +94,20 @@ def trace(network: fx.GraphModule, interface: Interface, batch: int | None = Non
             f"the quantized network can't be exported as a program; torch says: {type(error).__name__}: {reason}"
         ) from error
     return _cleared(program)
+
+
+def example_inputs(interface: Interface, batch: int | None = None) -> list[Tensor]:
+    """Return flat inputs of zeros on the CPU; with a batch of 1, torch.export would take its size for a constant."""
+    free = [batch or _BATCH, *[_FREE] * max(len(form.shape) for form in interface.forms)]
+    return [
+        torch.zeros([free[axis] if size is None else size for axis, size in enumerate(form.shape)], dtype=form.dtype)
+        for form in interface.forms
+    ]
+
+
+def free_axes(form: TensorForm) -> dict[int, Any]:
+    """Say to torch.export which sizes of an input are free."""
+    return {axis: Dim.DYNAMIC for axis, size in enumerate(form.shape) if size is None}
 
 
 def _nested(network: fx.GraphModule, interface: Interface) -> nn.Module:
@@ -204,23 +213,7 @@ def _with_integers(graph: fx.GraphModule, pt2e: bool) -> fx.GraphModule:
         register_decomposed()
         _check_float32(network)
     weight, activation = (_DecomposedWeight, _DecomposedActivation) if pt2e else (_Weight, _Activation)
-    for node in network.graph.nodes:
-        if node.op == "call_module":
-            quantizer = getattr(network, node.target)
-            if isinstance(quantizer, WeightFakeQuantize):
-                node.args = ()
-            kind = weight if isinstance(quantizer, WeightFakeQuantize) else activation
-            setattr(network, node.target, kind(quantizer))
-    return tidy(network)
-
-
-def on_cpu(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy on the CPU, tensors that the graph makes included."""
-    network = copy.deepcopy(graph).cpu()
-    for node in network.graph.nodes:
-        if isinstance(node.kwargs.get("device"), torch.device):
-            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
-    return network
+    return replace_quantizers(network, lambda _, q: weight(q) if isinstance(q, WeightFakeQuantize) else activation(q))
 
 
 def register_decomposed() -> None:
@@ -240,11 +233,7 @@ def _check_float32(graph: fx.GraphModule) -> None:
 def _dynamic_shapes(interface: Interface) -> tuple[Any, ...]:
     """What is free in each argument, in the order of the signature."""
 
-    def free(leaf: Leaf) -> dict[int, Any]:
-        shape = interface.forms[leaf.index].shape
-        return {axis: Dim.DYNAMIC for axis, size in enumerate(shape) if size is None}
-
-    positional, named = pytree.tree_map(free, interface.inputs)
+    positional, named = pytree.tree_map(lambda leaf: free_axes(interface.forms[leaf.index]), interface.inputs)
     return (*positional, *named.values())
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from itertools import chain, count
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+
+from quiesce.quant.fake_quantize import FakeQuantize, WeightFakeQuantize, fake_quantizers
 
 
 def add_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> str:
@@ -45,3 +49,22 @@ def follow_tensors(gm: fx.GraphModule) -> fx.GraphModule:
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), here)
     gm.recompile()
     return gm
+
+
+def on_cpu(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy on the CPU, tensors that its operators make included."""
+    return follow_tensors(copy.deepcopy(gm).cpu())
+
+
+def replace_quantizers(gm: fx.GraphModule, make: Callable[[str, FakeQuantize], nn.Module]) -> fx.GraphModule:
+    """Put ``make(name, quantizer)`` in the place of each fake-quantizer, and return ``gm``.
+
+    What stands for a weight is called without it: the float weights are dropped, which a loaded network lacks anyway.
+    """
+    quantizers = fake_quantizers(gm)
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and isinstance(quantizers[node.target], WeightFakeQuantize):
+            node.args = ()
+    for name, quantizer in quantizers.items():
+        setattr(gm, name, make(name, quantizer))
+    return tidy(gm)
