@@ -45,7 +45,7 @@ from quiesce.export.onnx import export_onnx
 from quiesce.export.openvino import export_openvino
 from quiesce.export.parity import Parity, check_parity
 from quiesce.models import load_model
-from quiesce.pipeline import Prepared, QuantizedModel, prepare, run
+from quiesce.pipeline import QuantizedModel, prepare, run
 from quiesce.result import hardware, versions
 from train_demo import read_set
 
@@ -140,42 +140,34 @@ def measure(case: Case, folder: Path, options: argparse.Namespace, record: dict[
     flat = folder / "float32.onnx"
     export_float(case, flat)
     for weight_bits, activation_bits in BITS:
-        for backend, compat in plan(weight_bits, activation_bits):
-            key = [case.name, weight_bits, activation_bits, backend, compat]
-            if any(row["key"] == key for row in record["rows"]):
+        for backend, containers in plan(weight_bits, activation_bits):
+            keys = [[case.name, weight_bits, activation_bits, backend, compat] for compat in containers]
+            missing = [key for key in keys if all(row["key"] != key for row in record["rows"])]
+            if not missing:
                 continue
-            recipe = recipe_of(backend, weight_bits, activation_bits, options)
-            network, simulated = simulate(case, recipe)
-            row = {"key": key, "float_top1": case.top1, "top1": compare(simulated, case.test.labels, None).top1}
+            network = quantize(case, recipe_of(backend, weight_bits, activation_bits, options))
+            simulated = outputs_of(network, case.test, IMAGES_A_RUN)
             exporter = openvino_row if backend == "openvino" else onnx_row
-            row |= exporter(case, network, simulated, folder, compat, flat)
-            record["rows"].append(row)
-            write(record, options.out)
-            print(json.dumps({k: v for k, v in row.items() if k not in ("layers", "notes")}), flush=True)
+            for key in missing:
+                row = {"key": key, "float_top1": case.top1, "top1": compare(simulated, case.test.labels, None).top1}
+                row |= exporter(case, network, simulated, folder, key[-1], flat)
+                record["rows"].append(row)
+                write(record, options.out)
+                print(json.dumps({k: v for k, v in row.items() if k not in ("layers", "notes")}), flush=True)
 
 
-def plan(weight_bits: int, activation_bits: int) -> Iterator[tuple[str, bool]]:
-    """Backend, and whether integers are in 8-bit containers."""
-    yield "academic", False
+def plan(weight_bits: int, activation_bits: int) -> Iterator[tuple[str, tuple[bool, ...]]]:
+    """Backend, and whether integers are in 8-bit containers: no, or no and yes."""
+    yield "academic", (False,)
     if (weight_bits, activation_bits) in INTEGER_KERNELS:
         for backend in ("onnxruntime", "openvino"):
-            yield backend, False
-            if weight_bits < 8:
-                yield backend, True
+            yield backend, (False, True) if weight_bits < 8 else (False,)
 
 
-_LAST: dict[str, Any] = {}
-
-
-def simulate(case: Case, recipe: Recipe) -> tuple[QuantizedModel, list[Tensor]]:
-    """Quantize, and run the test images; files of one network that differ in containers share both."""
-    key = (case.name, recipe.to_toml())
-    if _LAST.get("key") != key:
-        prepared: Prepared = prepare(case.model, case.calibration, recipe, name=case.name)
-        runs, _ = run(prepared, recipe)
-        network = QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, None)
-        _LAST.update(key=key, value=(network, outputs_of(network, case.test, IMAGES_A_RUN)))
-    return _LAST["value"]
+def quantize(case: Case, recipe: Recipe) -> QuantizedModel:
+    prepared = prepare(case.model, case.calibration, recipe, name=case.name)
+    runs, _ = run(prepared, recipe)
+    return QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, None)
 
 
 def export_float(case: Case, path: Path) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from quiesce.export.inspect import Inventory
     from quiesce.export.parity import Parity
     from quiesce.pipeline import Analysis, QuantizedModel
+    from quiesce.preprocess import Preprocessing
     from quiesce.result import Result, Run
 
 NONE = "–"
@@ -266,11 +267,10 @@ def evaluate(
     import quiesce
     from quiesce.data import load_data
     from quiesce.evaluate import evaluate as measure
-    from quiesce.preprocess import Preprocessing, override
+    from quiesce.preprocess import override
 
     quantized = quiesce.load(folder)
-    stored = quantized.preprocessing
-    preprocessing = override(None if stored is None else Preprocessing.from_dict(stored), **preparation)
+    preprocessing = override(_stored_preprocessing(quantized), **preparation)
     samples = load_data(data, preprocessing, limit=images, seed=seed, what="evaluation")
     with _data_that_fits(folder, data):
         metrics = measure(quantized.to(place), samples.to(place), batch_size=batch_size)
@@ -570,11 +570,16 @@ def _formats_with(option: str) -> str:
 
 def _check_samples(quantized: QuantizedModel, data: str, images: int) -> Samples:
     from quiesce.data import load_data
+
+    preprocessing = _stored_preprocessing(quantized)
+    return load_data(data, preprocessing, limit=images, seed=quantized.recipe.seed, what="check")
+
+
+def _stored_preprocessing(quantized: QuantizedModel) -> Preprocessing | None:
     from quiesce.preprocess import Preprocessing
 
     stored = quantized.preprocessing
-    preprocessing = None if stored is None else Preprocessing.from_dict(stored)
-    return load_data(data, preprocessing, limit=images, seed=quantized.recipe.seed, what="check")
+    return None if stored is None else Preprocessing.from_dict(stored)
 
 
 def _parity_table(parity: Parity) -> Table:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from quiesce.errors import ModelError
 from quiesce.quant.fake_quantize import WeightFakeQuantize
@@ -36,8 +37,7 @@ class StoredWeight:
     def permuted(self, order: list[int]) -> StoredWeight:
         """Return the weight with its axes in another order."""
         axis = None if self.ch_axis is None else order.index(self.ch_axis)
-        integers = self.integers.transpose(order)
-        return StoredWeight(integers, self.zero_point, self.scale, axis, self.bits, self.width, self.signed)
+        return replace(self, integers=self.integers.transpose(order), ch_axis=axis)
 
 
 def store_weight(
@@ -52,7 +52,8 @@ def store_weight(
     """Return the integers of ``quantizer`` in the narrowest container of at least ``narrowest`` bits.
 
     ``symmetric`` shifts integers by their zero points, so that all of these are 0: the values stay exactly what they
-    are, and need one bit more.
+    are, and need one bit more. ``fill`` multiplies signed integers by the power of two that 8 bits leave room
+    for, and divides the scales by it (see ``graph/bias.py``).
 
     Raises:
         ModelError: a symmetric weight needs more than ``widest`` bits.
@@ -65,7 +66,7 @@ def store_weight(
     factor = spec.headroom if fill and signed else 1
     integers, low, high = integers * factor, low * factor, high * factor
     if symmetric and not signed:
-        integers = integers - _along(zero_point, spec.ch_axis, integers.ndim)
+        integers = integers - _numbers(spec.broadcast(quantizer.zero_point, integers.ndim))
         zero_point = np.zeros_like(zero_point)
         low, high, signed = int(integers.min()), int(integers.max()), True
     width = next((w for w in WIDTHS if w >= narrowest and _holds(w, signed, low, high)), WIDTHS[-1] + 1)
@@ -84,11 +85,5 @@ def _holds(width: int, signed: bool, low: int, high: int) -> bool:
     return low >= 0 and high < 1 << width
 
 
-def _numbers(tensor: object) -> NDArray[np.int16]:
-    return tensor.detach().cpu().numpy().astype(np.int16)  # type: ignore[attr-defined,no-any-return]
-
-
-def _along(parameter: NDArray[np.int16], ch_axis: int | None, ndim: int) -> NDArray[np.int16]:
-    if ch_axis is None:
-        return parameter
-    return parameter.reshape([-1 if axis == ch_axis else 1 for axis in range(ndim)])
+def _numbers(tensor: Tensor) -> NDArray[np.int16]:
+    return tensor.detach().cpu().numpy().astype(np.int16)

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 from quiesce.errors import ModelError
-from quiesce.export.export import Export
+from quiesce.export.export import Export, tensor_name
 from quiesce.export.program import register_decomposed, trace
 from quiesce.graph.capture import TensorForm, interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, is_relu, upper_bound, weight_node
@@ -75,7 +75,7 @@ def export_executorch(graph: fx.GraphModule, path: Path, *, batch: int = 1, forc
     relative_error = _compared(content, graph, batch)
     write_bytes(path, content)
     weights = [n for n, q in fake_quantizers(graph).items() if isinstance(q, WeightFakeQuantize)]
-    floats = tuple(n.removesuffix("_quantizer") for n in weights if n not in integer)
+    floats = tuple(tensor_name(n) for n in weights if n not in integer)
     return ExecutorchExport(
         path,
         f"ExecuTorch program for {batch} images",
@@ -83,7 +83,7 @@ def export_executorch(graph: fx.GraphModule, path: Path, *, batch: int = 1, forc
         notes=(f"weights in float32, as there is no integer kernel for their layers: {', '.join(floats)}",)
         * bool(floats),
         relative_error=relative_error,
-        integer_weights=tuple(n.removesuffix("_quantizer") for n in weights if n in integer),
+        integer_weights=tuple(tensor_name(n) for n in weights if n in integer),
         float_weights=floats,
     )
 

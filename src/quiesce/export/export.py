@@ -28,6 +28,16 @@ class Export:
     """Where a container is wider than the bits, or an operator was added: which tensors, and why."""
 
 
+def tensor_name(quantizer: str) -> str:
+    """Return the name of the tensor that a fake-quantizer stands behind."""
+    return quantizer.removesuffix("_quantizer")
+
+
+def integers_name(quantizer: str) -> str:
+    """Return the name that an activation's integers have in an ONNX file."""
+    return f"{tensor_name(quantizer)}_q"
+
+
 def require(packages: tuple[str, ...], extra: str) -> None:
     """Check that the packages of an optional extra are installed.
 

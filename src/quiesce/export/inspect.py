@@ -11,9 +11,9 @@ from typing import Any
 
 from quiesce.errors import FileFormatError
 from quiesce.export.checkpoint import GRAPH_FILE, TENSOR_FILE, read_checkpoint
-from quiesce.export.export import require
+from quiesce.export.export import require, tensor_name
 from quiesce.export.packing import packed_size
-from quiesce.files import read_safetensors
+from quiesce.files import read_bytes, read_safetensors
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers
 
 
@@ -155,11 +155,9 @@ def _read_onnx(path: Path) -> Any:
     import onnx
     from google.protobuf.message import DecodeError
 
+    data = read_bytes(path)
     try:
-        # Other files that the file may name are not followed.
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise FileFormatError(f"{path} can't be read ({error.strerror}); give a file that is there.") from error
+        model = onnx.load_from_string(data)  # other files that it may name are not followed
     except (DecodeError, ValueError) as error:
         raise FileFormatError(f"{path} is not an ONNX file, or a damaged one ({error}); export it again.") from error
     if not model.graph.node:
@@ -220,7 +218,7 @@ def _integer_types() -> dict[int, str]:
 
 
 def _layer(quantizer: str) -> str:
-    return quantizer.removesuffix("_quantizer").removesuffix("_weight")
+    return tensor_name(quantizer).removesuffix("_weight")
 
 
 _READERS: dict[str, Callable[[Path], Inventory]] = {

@@ -20,8 +20,8 @@ from torch import fx
 
 from quiesce.errors import ModelError
 from quiesce.export.containers import StoredWeight, store_weight
-from quiesce.export.export import Export, require
-from quiesce.export.onnx_translation import DOMAIN, new_node, translate
+from quiesce.export.export import Export, integers_name, require, tensor_name
+from quiesce.export.onnx_translation import DOMAIN, new_initializer, new_node, translate
 from quiesce.export.opset13 import OPSET as COMPAT_OPSET
 from quiesce.export.opset13 import lower
 from quiesce.graph.backends import BACKENDS
@@ -136,7 +136,7 @@ def _stored_weights(graph: fx.GraphModule, form: Form, fill: bool) -> dict[str, 
         if quantizer.scale.dtype != torch.float32:
             raise ModelError(f"quantizer {name} has {quantizer.scale.dtype} scales; ONNX files hold float32 networks.")
         if isinstance(quantizer, WeightFakeQuantize):
-            shown = _tensor_name(name)
+            shown = tensor_name(name)
             found[name] = store_weight(
                 shown, quantizer, narrowest=narrowest, widest=widest, symmetric=form.symmetric, fill=fill
             )
@@ -169,7 +169,7 @@ class _Writer:
             # Of a linear layer on more than two dimensions: turned here instead of at every run.
             weight = weight.permuted(list(users[0].attributes["perm"].as_ints()))
             replaced.append(users[0])
-        tensor = _tensor_name(name)
+        tensor = tensor_name(name)
         integers = self._initializer(tensor, weight.integers, weight.container)
         scale = self._initializer(f"{tensor}_scale", weight.scale)
         zero_point = self._initializer(f"{tensor}_zero_point", weight.zero_point, weight.container)
@@ -180,7 +180,7 @@ class _Writer:
     def _replace_activation(self, marker: ir.Node, name: str) -> None:
         quantizer = self.quantizers[name]
         assert isinstance(quantizer, ActivationFakeQuantize)
-        spec, tensor, nodes = quantizer.spec, _tensor_name(name), []
+        spec, tensor, nodes = quantizer.spec, tensor_name(name), []
         scale, zero = quantizer.scale.detach().cpu().numpy(), int(quantizer.zero_point)
         x = marker.inputs[0]
         if spec.bits < 8 or self.always_bounded:
@@ -195,17 +195,14 @@ class _Writer:
             self._initializer(f"{tensor}_zero_point", np.asarray(zero), container),
         ]
         x = nodes[-1].outputs[0] if nodes else x
-        nodes.append(new_node("QuantizeLinear", [x, *parameters], f"{tensor}_q"))
+        nodes.append(new_node("QuantizeLinear", [x, *parameters], integers_name(name)))
         nodes.append(new_node("DequantizeLinear", [nodes[-1].outputs[0], *parameters], f"{tensor}_dq"))
         self._replace([marker], nodes)
 
-    def _initializer(self, name: str, numbers: NDArray[Any], container: str | None = None) -> ir.Value:
+    def _initializer(self, name: str, numbers: NDArray[Any], container: str = "FLOAT") -> ir.Value:
         import onnx_ir as ir
 
-        dtype = ir.DataType.FLOAT if container is None else ir.DataType[container]
-        value = ir.Value(name=name, const_value=ir.Tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=name))
-        self.graph.register_initializer(value)
-        return value
+        return new_initializer(self.graph, name, numbers.astype(ir.DataType[container].numpy()))
 
     def _replace(self, old: list[ir.Node], new: list[ir.Node]) -> None:
         import onnx_ir as ir
@@ -213,15 +210,11 @@ class _Writer:
         ir.convenience.replace_nodes_and_values(self.graph, old[0], old, new, old[-1].outputs, new[-1].outputs)
 
 
-def _tensor_name(quantizer: str) -> str:
-    return quantizer.removesuffix("_quantizer")
-
-
 def _notes(graph: fx.GraphModule, weights: dict[str, StoredWeight], bounded: bool) -> tuple[str, ...]:
     """Say what in the file is not as narrow or as plain as the recipe, and why."""
     stored: dict[tuple[int, int, str], list[str]] = {}
     for name, weight in weights.items():
-        stored.setdefault((weight.bits, weight.width, weight.container), []).append(_tensor_name(name))
+        stored.setdefault((weight.bits, weight.width, weight.container), []).append(tensor_name(name))
     notes = []
     for (bits, width, container), names in stored.items():
         if width != bits:
@@ -243,7 +236,7 @@ def _notes(graph: fx.GraphModule, weights: dict[str, StoredWeight], bounded: boo
 
 
 def _described(about: dict[str, str], weights: dict[str, StoredWeight], notes: tuple[str, ...]) -> dict[str, str]:
-    bits = {_tensor_name(name): weight.bits for name, weight in weights.items()}
+    bits = {tensor_name(name): weight.bits for name, weight in weights.items()}
     about = about | {
         "version": metadata.version("quiesce"),
         "bits": json.dumps(bits, separators=(",", ":")),

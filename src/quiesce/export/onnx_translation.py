@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from quiesce.errors import ModelError
@@ -119,3 +121,12 @@ def new_node(operator: str, inputs: list[Any], output: str, attributes: dict[str
     import onnx_ir as ir
 
     return ir.node(operator, inputs, attributes or {}, outputs=[ir.Value(name=output)], name=output)
+
+
+def new_initializer(graph: ir.Graph, name: str, numbers: NDArray[Any]) -> ir.Value:
+    """Add a constant; ml_dtypes has the numpy types of its 2- and 4-bit integers."""
+    import onnx_ir as ir
+
+    value = ir.Value(name=name, const_value=ir.Tensor(np.asarray(numbers), name=name))
+    graph.register_initializer(value)
+    return value

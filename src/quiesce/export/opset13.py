@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quiesce.errors import ModelError
 from quiesce.export.onnx_translation import OPSET as TRANSLATED
-from quiesce.export.onnx_translation import new_node
+from quiesce.export.onnx_translation import new_initializer, new_node
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,19 +69,11 @@ def _slice_shape(graph: ir.Graph, node: ir.Node) -> None:
     result = node.outputs[0]
     first = 0 if start is None else start.as_int()
     last = np.iinfo(np.int64).max if end is None else end.as_int()
-    whole = ir.node("Shape", [node.inputs[0]], outputs=[ir.Value(name=f"{result.name}_whole")])
+    whole = new_node("Shape", [node.inputs[0]], f"{result.name}_whole")
     numbers = {"start": first, "end": last}
-    ends = [_constant(graph, f"{result.name}_{name}", np.asarray([n], np.int64)) for name, n in numbers.items()]
-    part = ir.node("Slice", [whole.outputs[0], *ends], outputs=[ir.Value(name=f"{result.name}_part")])
+    ends = [new_initializer(graph, f"{result.name}_{name}", np.asarray([n], np.int64)) for name, n in numbers.items()]
+    part = new_node("Slice", [whole.outputs[0], *ends], f"{result.name}_part")
     ir.convenience.replace_nodes_and_values(graph, node, [node], [whole, part], [result], [part.outputs[0]])
-
-
-def _constant(graph: ir.Graph, name: str, value: NDArray[Any]) -> ir.Value:
-    import onnx_ir as ir
-
-    constant = ir.Value(name=name, const_value=ir.Tensor(value, name=name))
-    graph.register_initializer(constant)
-    return constant
 
 
 def _compose_hard_swish(graph: ir.Graph, node: ir.Node) -> None:
@@ -90,8 +81,8 @@ def _compose_hard_swish(graph: ir.Graph, node: ir.Node) -> None:
     import onnx_ir as ir
 
     result, x = node.outputs[0], node.inputs[0]
-    gate = ir.node("HardSigmoid", [x], {"alpha": 1 / 6, "beta": 0.5}, outputs=[ir.Value(name=f"{result.name}_gate")])
-    product = ir.node("Mul", [x, gate.outputs[0]], outputs=[ir.Value(name=f"{result.name}_product")])
+    gate = new_node("HardSigmoid", [x], f"{result.name}_gate", {"alpha": 1 / 6, "beta": 0.5})
+    product = new_node("Mul", [x, gate.outputs[0]], f"{result.name}_product")
     ir.convenience.replace_nodes_and_values(graph, node, [node], [gate, product], [result], [product.outputs[0]])
 
 
@@ -114,7 +105,7 @@ def _compose_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     least = np.asarray(1e-5 if epsilon is None else epsilon.as_float(), np.float32)
     centred = add("Sub", x, add("ReduceMean", x, axes=axes))
     variance = add("ReduceMean", add("Mul", centred, centred), axes=axes)
-    deviation = add("Sqrt", add("Add", variance, _constant(graph, f"{result.name}_epsilon", least)))
+    deviation = add("Sqrt", add("Add", variance, new_initializer(graph, f"{result.name}_epsilon", least)))
     y = add("Mul", add("Div", centred, deviation), scale)
     y = y if bias is None else add("Add", y, bias)
     ir.convenience.replace_nodes_and_values(graph, node, [node], new, [result], [y])

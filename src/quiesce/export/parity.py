@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from quiesce.data import Samples
 from quiesce.evaluate import outputs_of, sqnr_db
-from quiesce.export.export import require
+from quiesce.export.export import integers_name, require
 from quiesce.graph.capture import interface_of
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers
 
@@ -207,7 +207,7 @@ class OnnxSession:
 
         model = onnx.load(path)
         self.outputs = [output.name for output in model.graph.output]
-        self.quantizers = {name: f"{name.removesuffix('_quantizer')}_q" for name in quantizers}
+        self.quantizers = {name: integers_name(name) for name in quantizers}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.quantizers.values())
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
