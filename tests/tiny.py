@@ -83,6 +83,7 @@ def job(prepared: Prepared, settings: Recipe) -> Job:
         modules=prepared.modules,
         inputs=dict(zip(network.inputs, flat, strict=True)),
         images=prepared.images,
+        together=prepared.together,
         initial=prepared.initial,
         recipe=settings,
         reconstruction=settings.reconstruction,  # type: ignore[arg-type]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from quiesce.dotted import DOTTED, call_dotted, working_folder_importable
 from quiesce.errors import DataError, QuiesceError
@@ -25,12 +27,12 @@ LABEL_KEYS = ("label", "labels")
 class Samples:
     """Inputs of a network, batch dimension first everywhere.
 
-    ``args`` are the positional inputs, ``kwargs`` those passed by name, all [N, ...]; ``labels`` is an integer tensor
-    [N] or None.
+    ``args`` are the positional inputs, ``kwargs`` those passed by name: tensors [N, ...], or dicts, tuples and lists of
+    such (and dataclasses that ``torch.export.register_dataclass`` knows). ``labels`` is an integer tensor [N] or None.
     """
 
-    args: tuple[Tensor, ...]
-    kwargs: dict[str, Tensor] = field(default_factory=dict)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -44,25 +46,32 @@ class Samples:
 
     def select(self, index: slice | Tensor) -> Samples:
         """Return the samples at ``index``, a slice or an integer or boolean tensor [n]."""
-        labels = None if self.labels is None else self.labels[index]
-        return Samples(tuple(t[index] for t in self.args), {k: t[index] for k, t in self.kwargs.items()}, labels)
+        return self._map(lambda tensor: tensor[index])
 
     def to(self, device: torch.device) -> Samples:
-        labels = None if self.labels is None else self.labels.to(device)
-        return Samples(
-            tuple(t.to(device) for t in self.args), {k: t.to(device) for k, t in self.kwargs.items()}, labels
-        )
+        return self._map(lambda tensor: tensor.to(device))
 
     def batches(self, size: int) -> Iterator[Samples]:
         """Yield consecutive batches of ``size`` samples; the last one is smaller when ``size`` does not divide N."""
         for start in range(0, len(self), size):
             yield self.select(slice(start, start + size))
 
-    def _inputs(self) -> dict[str, Tensor]:
-        return {f"input {i}": t for i, t in enumerate(self.args)} | {f"input {k!r}": t for k, t in self.kwargs.items()}
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """All input tensors by names for messages: ``input 0``, ``input 'mask'``, ``input 0['image']``."""
+        roots = {f"input {i}": t for i, t in enumerate(self.args)} | {f"input {k!r}": t for k, t in self.kwargs.items()}
+        return {
+            f"{name}{pytree.keystr(path)}": tensor
+            for name, root in roots.items()
+            for path, tensor in pytree.tree_leaves_with_path(root)
+        }
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Samples:
+        args, kwargs = pytree.tree_map(change, (self.args, self.kwargs))
+        return Samples(args, kwargs, None if self.labels is None else change(self.labels))
 
     def _named(self) -> dict[str, Tensor]:
-        return self._inputs() | ({} if self.labels is None else {"labels": self.labels})
+        return self.inputs | ({} if self.labels is None else {"labels": self.labels})
 
     def _tensors(self) -> list[Tensor]:
         return list(self._named().values())
@@ -77,6 +86,8 @@ def gather(data: object, what: str = "calibration", limit: int | None = None) ->
     - a tuple or list, whose first element is the input and whose second, if it is an integer tensor [B], the labels
       (other elements are ignored);
     - a dict, whose entries are passed by name; the keys ``label`` and ``labels`` hold labels, not inputs.
+
+    An input may itself be a dict, tuple or list of tensors, for networks that take such.
 
     Raises:
         DataError: there is nothing, a batch holds NaN or inf, or batches differ in kind, shape, or dtype. ``what``
@@ -105,7 +116,7 @@ def check_like(samples: Samples, example: Samples, what: str) -> None:
     Raises:
         DataError: they do not fit; the message names the input and both shapes.
     """
-    given, expected = samples._inputs(), example._inputs()
+    given, expected = samples.inputs, example.inputs
     if given.keys() != expected.keys():
         raise DataError(
             f"the {what} data has {', '.join(given)}, but the network was captured with {', '.join(expected)}; "
@@ -171,8 +182,8 @@ def _batch(raw: object, where: str) -> Samples:
     elif isinstance(raw, tuple | list):
         batch = _from_sequence(raw, where)
     else:
-        batch = _checked((_tensor(raw, where),), {}, None, where)
-    for name, tensor in batch._inputs().items():
+        batch = _checked((_input(raw, where),), {}, None, where)
+    for name, tensor in batch.inputs.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{where}, {name}, holds NaN or infinite values; remove or repair those samples.")
     return batch
@@ -183,13 +194,13 @@ def _from_sequence(raw: tuple[object, ...] | list[object], where: str) -> Sample
         raise DataError(f"{where} is an empty {type(raw).__name__}; give (input,) or (input, labels).")
     second = raw[1] if len(raw) > 1 else None
     labels = second.detach() if isinstance(second, Tensor) and second.ndim == 1 and _is_integer(second) else None
-    return _checked((_tensor(raw[0], where),), {}, labels, where)
+    return _checked((_input(raw[0], where),), {}, labels, where)
 
 
 def _from_mapping(raw: Mapping[object, object], where: str) -> Samples:
-    entries = {str(k): _tensor(v, f"{where}, entry {k!r},") for k, v in raw.items()}
+    entries = {str(k): _input(v, f"{where}, entry {k!r},") for k, v in raw.items()}
     found = [entries.pop(key) for key in LABEL_KEYS if key in entries]
-    if len(found) > 1 or any(t.ndim != 1 or not _is_integer(t) for t in found):
+    if len(found) > 1 or any(not isinstance(t, Tensor) or t.ndim != 1 or not _is_integer(t) for t in found):
         raise DataError(f"{where} should hold its labels once, as an integer tensor [batch] under 'label' or 'labels'.")
     if not entries:
         raise DataError(f"{where} has no inputs; give a dict of the network's keyword arguments.")
@@ -203,10 +214,14 @@ def _checked(args: tuple[Tensor, ...], kwargs: dict[str, Tensor], labels: Tensor
         raise DataError(f"{where}: {error}") from None
 
 
-def _tensor(value: object, where: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise DataError(f"{where} is {_kind(value)}, not a tensor; give tensors [batch, ...].")
-    return value.detach()
+def _input(value: object, where: str) -> Any:
+    """A tensor, or containers of tensors, without gradients."""
+    leaves, nest = pytree.tree_flatten(value)
+    for leaf in leaves or [value]:
+        if not isinstance(leaf, Tensor):
+            inside = "" if leaf is value else f"holds {_kind(leaf)} and "
+            raise DataError(f"{where} {inside}is {_kind(value)}, not a tensor; give tensors [batch, ...].")
+    return pytree.tree_unflatten([tensor.detach() for tensor in leaves], nest)
 
 
 def _check_same_kind(batch: Samples, first: Samples, where: str) -> None:
@@ -227,9 +242,7 @@ def _check_same_kind(batch: Samples, first: Samples, where: str) -> None:
 def _concatenate(batches: list[Samples]) -> Samples:
     if len(batches) == 1:
         return batches[0]
-    first = batches[0]
-    args = tuple(torch.cat([b.args[i] for b in batches]) for i in range(len(first.args)))
-    kwargs = {k: torch.cat([b.kwargs[k] for b in batches]) for k in first.kwargs}
+    args, kwargs = pytree.tree_map(lambda *parts: torch.cat(parts), *((b.args, b.kwargs) for b in batches))
     labels = [b.labels for b in batches if b.labels is not None]
     return Samples(args, kwargs, torch.cat(labels) if labels else None)
 

@@ -24,7 +24,7 @@ from quiesce.export.program import export_program
 from quiesce.graph.backends import BACKENDS
 from quiesce.graph.bias import make_room_for_biases, round_biases
 from quiesce.graph.calibrate import calibrate
-from quiesce.graph.capture import capture, interface_of
+from quiesce.graph.capture import capture, images_together, interface_of
 from quiesce.graph.fold import LeftBatchNorm, fold
 from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
 from quiesce.graph.partition import partition
@@ -217,6 +217,8 @@ class Prepared:
     samples: Samples
     images: int
     """Images to optimize on: the first of ``samples``; the rest is held out for guards."""
+    together: int
+    """Images that the network takes together, such as the frames of a clip; 1 as a rule."""
     initial: dict[str, Tensor]
     evaluation: Samples | None
     reference: list[Tensor] | None
@@ -266,6 +268,8 @@ def prepare(
     holdout = _holdout(recipe, len(samples)) if holdout is None else holdout
     _check_batch(recipe, len(samples) - holdout)
     captured = _captured(model, samples, where)
+    together = images_together(captured, samples)
+    _check_together(together, recipe, {"calibration images": len(samples) - holdout, "held-out images": holdout})
     folded, left = fold(captured)
     graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
     check_storable(graph)
@@ -280,6 +284,7 @@ def prepare(
     reference = metrics = None
     if evaluation is not None:
         check_like(evaluation, samples, "evaluation")
+        _check_together(together, recipe, {"evaluation images": len(evaluation)})
         with float_mode(graph):
             reference = _outputs(graph, evaluation, recipe.calibration_batch)
         # Labels that do not fit are found now, not after hours of work.
@@ -289,6 +294,7 @@ def prepare(
         modules=modules,
         samples=samples,
         images=len(samples) - holdout,
+        together=together,
         initial=snapshot(graph),
         evaluation=evaluation,
         reference=reference,
@@ -415,6 +421,15 @@ def _check_batch(recipe: Recipe, images: int) -> None:
         )
 
 
+def _check_together(together: int, recipe: Recipe, counts: dict[str, int]) -> None:
+    counts = counts | {"calibration_batch": recipe.calibration_batch}
+    if recipe.reconstruction is not None:
+        counts |= {"batch_size": recipe.reconstruction.batch_size}
+    wrong = ", ".join(f"{name} ({count})" for name, count in counts.items() if count % together)
+    if wrong:
+        raise DataError(f"the network takes {together} images together; give a multiple of {together} of: {wrong}.")
+
+
 def _job(prepared: Prepared, recipe: Recipe) -> Job:
     network = Network(prepared.graph)
     flat = interface_of(prepared.graph).flatten(prepared.samples.args, prepared.samples.kwargs)
@@ -434,6 +449,7 @@ def _job(prepared: Prepared, recipe: Recipe) -> Job:
         modules=prepared.modules,
         inputs=inputs,
         images=prepared.images,
+        together=prepared.together,
         initial=prepared.initial,
         recipe=recipe,
         reconstruction=reconstruction,  # type: ignore[arg-type]

@@ -245,13 +245,40 @@ def test_attention_is_saved_without_dropout_only(tmp_path: Path) -> None:
         quiesce.load(tmp_path / "net")
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.head = nn.GRU(5, 6, num_layers=2, dropout=0.5, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.memory(x)[0])
+
+
+def test_recurrent_layers_are_saved_for_inference_only(tmp_path: Path) -> None:
+    network = quantized(Recurrent(), torch.randn(8, 4, 5))
+    network.save(tmp_path / "net")
+    x = torch.randn(3, 4, 5)
+    assert torch.equal(quiesce.load(tmp_path / "net")(x), network(x))
+    path = tmp_path / "net" / GRAPH_FILE
+    document = json.loads(path.read_text())
+    row = next(r for r in document["nodes"] if r.get("target", "").startswith("aten.gru"))
+    assert row["args"][5:7] == [0.5, False]
+    row["args"][6] = True
+    path.write_text(json.dumps(document))
+    with pytest.raises(FileFormatError, match="random"):
+        quiesce.load(tmp_path / "net")
+
+
+WITH_DROPOUT = {"scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu"}
+
+
 def test_operators_are_pure() -> None:
     for name, operator in operators().items():
         if name.startswith("aten."):
             assert not operator._schema.is_mutable, name
             random = torch.Tag.nondeterministic_seeded in operator.tags
-            # Attention draws random numbers for its dropout only, and is refused with it.
-            assert random == (name == "aten.scaled_dot_product_attention.default"), name
+            # Attention and recurrent layers draw random numbers for their dropout only, and are refused with it.
+            assert random == (name.split(".")[1] in WITH_DROPOUT), name
     assert {"aten.conv2d.default", "aten.linear.default", "operator.getitem"} <= set(operators())
 
 

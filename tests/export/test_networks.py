@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,19 @@ def test_a_network_that_returns_only_a_choice_has_nothing_to_compare() -> None:
         quiesce.quantize(Choice().eval(), images(12), recipe(granularity="layer"))
 
 
-Pair = namedtuple("Pair", ["first", "second"])
+class Pair:
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts = parts
+
+
+pytree.register_pytree_node(
+    Pair,
+    lambda pair: (list(pair.parts), None),
+    lambda parts, _: Pair(*parts),
+    serialized_type_name="tests.Pair",
+    to_dumpable_context=lambda _: "",
+    from_dumpable_context=lambda _: None,
+)
 
 
 def test_a_container_that_has_no_form_in_the_file_is_refused_before_any_work() -> None:
@@ -244,7 +256,9 @@ def test_a_container_that_has_no_form_in_the_file_is_refused_before_any_work() -
             y = self.maps(x)
             return Pair(y, self.pooled(y))
 
-    with pytest.raises(ModelError, match=r"takes or returns a Pair, which can't be saved; use tuple, list or dict"):
+    with pytest.raises(
+        ModelError, match=r"takes or returns a Pair, which can't be saved; use a tuple, list, dict or dataclass"
+    ):
         prepare(Named().eval(), images(12), recipe("nearest"))
 
 

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 def test_folding_keeps_the_float_output(name: str) -> None:
     case = CASES[name]
     folded, left = fold(captured(name))
-    samples = case.samples(6, seed=5)
+    samples = case.samples(8, seed=5)
     assert relative_error(outputs(call(folded), samples), outputs(case.net(), samples)) <= 1e-4
     assert len(left) == case.left
     norms = [n for n in folded.graph.nodes if "batch_norm" in str(n.target)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import keyword
 import math
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -280,11 +281,14 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
 def _encode_tree(tree: Any) -> Any:
     """Nested arguments or results as JSON: containers are named, indices of tensors are ``{"tensor": i}``.
 
-    A mapping of any kind comes back as a dict, as its class may not be there where the file is read.
+    A mapping or dataclass of any kind comes back as a dict, and a named tuple as a tuple, as the class may not be there
+    where the file is read.
     """
     if isinstance(tree, Leaf):
         return {"tensor": tree.index}
-    if type(tree) is tuple:
+    if is_dataclass(tree):
+        tree = {field.name: getattr(tree, field.name) for field in fields(tree)}
+    if isinstance(tree, tuple):
         return {"tuple": [_encode_tree(t) for t in tree]}
     if isinstance(tree, list):
         return {"list": [_encode_tree(t) for t in tree]}
@@ -295,7 +299,8 @@ def _encode_tree(tree: Any) -> Any:
     if isinstance(tree, _PLAIN):
         return {"value": tree}
     raise ModelError(
-        f"the network takes or returns a {type(tree).__name__}, which can't be saved; use tuple, list or dict."
+        f"the network takes or returns a {type(tree).__name__}, which can't be saved; "
+        "use a tuple, list, dict or dataclass."
     )
 
 

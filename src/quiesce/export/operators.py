@@ -23,8 +23,9 @@ _PYTHON = {
 def operators() -> MappingProxyType[str, Any]:
     """Return the allowed operators by name: pure ATen functions listed in operators.txt, and arithmetic on sizes.
 
-    None of them draws random numbers (attention only with dropout, see :func:`draws_random_numbers`), writes to its
-    arguments, or touches anything but tensors. Names that this version of torch does not have are left out.
+    None of them draws random numbers (attention and recurrent layers only with dropout, see
+    :func:`draws_random_numbers`), writes to its arguments, or touches anything but tensors. Names that this version of
+    torch does not have are left out.
     """
     text = resources.files("quiesce.export").joinpath("operators.txt").read_text(encoding="utf-8")
     names = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
@@ -38,10 +39,13 @@ def _resolve(name: str) -> Any:
 
 
 def draws_random_numbers(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """True for a call with dropout: attention is on the list, and random only if its ``dropout_p`` is above 0."""
+    """True for a call with dropout: attention and recurrent layers are on the list, and random only with it.
+
+    Attention has ``dropout_p`` above 0 then, recurrent layers ``train``.
+    """
     names = [a.name for a in target._schema.arguments] if hasattr(target, "_schema") else []
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return bool(given.get("dropout_p", 0.0) != 0.0)
+    return bool(given.get("dropout_p", 0.0) != 0.0 or ("dropout" in names and given.get("train", False)))
 
 
 def operator_name(node: fx.Node) -> str:

@@ -11,7 +11,9 @@ import inspect
 import io
 import logging
 import operator
+import re
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from quiesce.errors import ModelError
 from quiesce.graph.rewrite import add_tensor, tidy
 
 aten = torch.ops.aten
+LARGEST_CLIP = 32
+"""Images up to which a batch size is looked for that a network runs on which does not run on two."""
 OWN_FRAMES = (str(Path(torch.__file__).parent), __file__, "<")
 """Where frames of a traceback begin that are not the user's."""
 
@@ -91,7 +95,15 @@ def capture(model: nn.Module | ExportedProgram, example: Samples) -> fx.GraphMod
     _refuse_mutation(program)
     _refuse_fixed_batch(program)
     gm = _flat_graph(program)
-    for rewrite in (_drop_checks, _whole_batch_norms, _fold_constants, _drop_no_ops, _any_layout, _local_sizes):
+    for rewrite in (
+        _drop_checks,
+        _whole_batch_norms,
+        _fold_constants,
+        _linear_products,
+        _drop_no_ops,
+        _any_layout,
+        _local_sizes,
+    ):
         rewrite(gm)
     return tidy(gm)
 
@@ -111,20 +123,83 @@ def _export(model: nn.Module, example: Samples) -> ExportedProgram:
         with torch.no_grad(), _quiet():
             return torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise ModelError(_run_message(model, example) or _export_message(model, error)) from error
+        larger = _larger_example(model, example, error)
+        if larger is None:
+            raise ModelError(_export_message(model, error)) from error
+        return _export(model, larger)
     finally:
         for module, training in modes.items():
             module.training = training
 
 
+def _larger_example(model: nn.Module, example: Samples, error: Exception) -> Samples | None:
+    """Repeat the example where a larger one may be exported: twice the least that the network runs on.
+
+    That is for images that are frames of clips, and because torch.export takes sizes of 1, as that of the rest of a
+    batch of two behind its first image, for constants. None if the example is not why export failed.
+
+    Raises:
+        ModelError: it runs on no batch, as with images of a wrong shape or dtype.
+    """
+    try:
+        model = copy.deepcopy(model)  # forward may change buffers
+    except Exception:  # some keep tensors with gradients; what torch.export says has to do for them
+        return None
+    refused = _run_error(model, example)
+    if refused is None:
+        larger = example.select(torch.arange(4 * len(example)) % len(example))
+        return larger if len(example) == 2 and _constant_batch(error) and not _run_error(model, larger) else None
+    for size in range(len(example) + 1, LARGEST_CLIP + 1):
+        repeated = example.select(torch.arange(2 * size) % len(example))
+        if _run_error(model, repeated.select(slice(size))) is None and _run_error(model, repeated) is None:
+            return repeated
+    forms = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {['N', *t.shape[1:]]}" for t in example.inputs.values())
+    raise ModelError(
+        f"{type(model).__name__} does not run on the calibration inputs ({forms}){_user_line(refused)}; "
+        "give inputs of the shape and dtype that it takes, and let it take any number of them. "
+        f"torch says: {_reason(refused)}"
+    ) from error
+
+
+def _run_error(network: Callable[..., Any], samples: Samples) -> Exception | None:
+    try:
+        with torch.no_grad():
+            network(*samples.args, **samples.kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
+def images_together(gm: fx.GraphModule, samples: Samples) -> int:
+    """Return how many images the captured network takes together, as the frames of a clip; 1 if it takes each alone.
+
+    Batches must be multiples of this, and the images of one stay together.
+
+    Args:
+        samples: one or more that it runs on; they are repeated.
+    """
+    flatten = interface_of(gm).flatten
+
+    def runs(size: int) -> bool:
+        batch = samples.select(torch.arange(size) % len(samples))
+        return _run_error(lambda *args, **kwargs: gm(*flatten(args, kwargs)), batch) is None
+
+    least = next((size for size in range(1, LARGEST_CLIP + 1) if runs(size)), 1)
+    # What needs two images, as some do that squeeze the batch away, may take three.
+    return 1 if least > 1 and runs(least + 1) else least
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch.export from printing the half-traced graph; its reason is in the error."""
+    """Keep torch.export from printing the half-traced graph, as its reason is in the error, and from warning of what
+    recurrent layers do: they list their weights anew.
+    """
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"The tensor attributes? \S*_flat_weights")
             yield
     finally:
         logger.setLevel(level)
@@ -132,8 +207,20 @@ def _quiet() -> Iterator[None]:
 
 def _dynamic_shapes(model: nn.Module, example: Samples) -> Any:
     """A free batch size for every tensor, nested as ``forward``'s parameters take them (``*args`` are a tuple)."""
-    arguments = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
-    return pytree.tree_map(lambda tensor: {0: Dim.DYNAMIC}, dict(arguments))
+    return _free_batch(dict(inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments))
+
+
+def _free_batch(tree: Any) -> Any:
+    """Put a free batch size in place of each tensor, and a list of its parts in place of a class of the user's."""
+
+    def is_own(part: Any) -> bool:
+        return type(part) in pytree.SUPPORTED_NODES and type(part) not in pytree.BUILTIN_TYPES
+
+    def free(part: Any) -> Any:
+        parts = pytree.SUPPORTED_NODES[type(part)].flatten_fn(part)[0] if is_own(part) else None
+        return {0: Dim.DYNAMIC} if parts is None else _free_batch(list(parts))
+
+    return pytree.tree_map(free, tree, is_leaf=is_own)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -148,29 +235,26 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     return functional
 
 
-def _run_message(model: nn.Module, example: Samples) -> str:
-    """Say so if the model itself refuses the example, as it does for images of a wrong shape or dtype; else nothing."""
-    try:
-        # A copy, as forward may change buffers.
-        copy.deepcopy(model)(*example.args, **example.kwargs)
-    except Exception as error:
-        tensors = [*example.args, *example.kwargs.values()]
-        forms = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {['N', *t.shape[1:]]}" for t in tensors)
-        return (
-            f"{type(model).__name__} does not run on the calibration inputs ({forms}){_user_line(error)}; "
-            f"give inputs of the shape and dtype that it takes. torch says: {_reason(error)}"
-        )
-    return ""
-
-
 def _export_message(model: nn.Module, error: Exception) -> str:
     """Name the model's own innermost source line and keep torch's reason."""
+    constant = _constant_batch(error)
+    if constant:
+        return (
+            f"{type(model).__name__} takes batches of {constant} only, as its forward holds the batch size as a "
+            "constant; write x.shape[0] (or -1 in a reshape) where that number stands."
+        )
     where = _user_line(error)
     remedy = "change that line" if where else "change it"
     return (
         f"{type(model).__name__} can't be exported{where}; {remedy} so that torch.export accepts it. "
         f"torch says: {_reason(error)}"
     )
+
+
+def _constant_batch(error: Exception) -> str | None:
+    """The number that torch.export says the batch size is, when the network does not let it be free."""
+    found = re.search(r"specialized it to be a constant \((\d+)\)", str(error))
+    return found[1] if found else None
 
 
 def _user_line(error: Exception) -> str:
@@ -228,10 +312,11 @@ def _flat_graph(program: ExportedProgram) -> fx.GraphModule:
     kept = [n for n in outputs if isinstance(n, fx.Node)]
     if not kept:
         raise ModelError("the network returns no tensor; there is nothing to compare its quantized outputs with.")
-    for node in kept:
-        _check_output(node)
-    graph.output(tuple(mapped[n] for n in kept))
     gm.meta["interface"] = _interface(program, outputs, [n for n in graph.nodes if n.op == "placeholder"])
+    batch = {_hint(n.meta["val"].shape[0]) for n in graph.nodes if n.op == "placeholder"}
+    for node in kept:
+        _check_output(node, batch)
+    graph.output(tuple(mapped[n] for n in kept))
     return gm
 
 
@@ -245,17 +330,22 @@ def _refuse_opaque(source: fx.GraphModule, node: fx.Node) -> None:
         )
 
 
-def _check_output(node: fx.Node) -> None:
+def _check_output(node: fx.Node, batch: set[Any]) -> None:
     value = node.meta.get("val")
     if node.op == "get_attr" or not isinstance(value, Tensor):
         raise ModelError(
             f"the network returns {node.target}, a size or a constant; return only tensors that it computes."
         )
-    if value.ndim == 0 or isinstance(value.shape[0], int):
+    if value.ndim == 0 or _hint(value.shape[0]) not in batch:
+        shape = ", ".join(map(str, value.shape))
         raise ModelError(
-            f"the network returns {node.name} of shape {list(value.shape)}; "
-            "return tensors [images, ...], one row an image."
+            f"the network returns {node.name} of shape [{shape}]; return tensors [images, ...], one row an image."
         )
+
+
+def _hint(size: int | torch.SymInt) -> Any:
+    """What a free size was in the example; None for a fixed one, and for one that depends on data."""
+    return size.node.hint if isinstance(size, torch.SymInt) and size.node.has_hint() else None
 
 
 def _interface(program: ExportedProgram, outputs: list[Any], placeholders: list[fx.Node]) -> Interface:
@@ -316,8 +406,29 @@ def _fold_constants(gm: fx.GraphModule) -> None:
             node.replace_all_uses_with(constant)
 
 
+def _linear_products(gm: fx.GraphModule) -> None:
+    """Turn products of the input with a matrix of weights, ``x @ w`` and ``addmm``, into linear layers, which they are.
+
+    The weight is the transposed view, so that the same numbers are computed.
+    """
+    for node in list(gm.graph.nodes):
+        place = {aten.matmul.default: 1, aten.mm.default: 1, aten.addmm.default: 2}.get(node.target)
+        if place is None or node.kwargs:
+            continue
+        x, weight, bias = node.args[place - 1], node.args[place], node.args[0] if place == 2 else None
+        vector = bias is None or (
+            bias.op == "get_attr" and list(bias.meta["val"].shape) == [weight.meta["val"].shape[1]]
+        )
+        if weight.op == "get_attr" and weight.meta["val"].ndim == 2 and x.meta["val"].ndim > 1 and vector:
+            name = add_tensor(gm, f"{weight.target}_rows", getattr(gm, weight.target).t())
+            with gm.graph.inserting_before(node):
+                rows = gm.graph.get_attr(name)
+            rows.meta = {**weight.meta, "val": weight.meta["val"].t()}
+            node.target, node.args = aten.linear.default, (x, rows) if bias is None else (x, rows, bias)
+
+
 def _drop_no_ops(gm: fx.GraphModule) -> None:
-    """Remove what returns its input: inference dropout, alias, and slices over everything."""
+    """Remove what returns its input: inference dropout, alias, slices over everything, and copies over all of it."""
     whole_slice = (0, 2**63 - 1)
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
@@ -327,9 +438,17 @@ def _drop_no_ops(gm: fx.GraphModule) -> None:
             no_op = not node.args[2]
         if node.target is aten.slice.Tensor and len(node.args) == 4:
             no_op = tuple(node.args[2:]) == whole_slice
+        if node.target is aten.copy.default and _alike(*node.args[:2]):
+            node.args = node.args[1:]
+            no_op = True
         if no_op:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+
+
+def _alike(*nodes: fx.Node) -> bool:
+    """True for tensors of one form."""
+    return len({(n.meta["val"].dtype, str(n.meta["val"].shape)) for n in nodes}) == 1
 
 
 def _any_layout(gm: fx.GraphModule) -> None:

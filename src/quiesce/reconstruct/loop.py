@@ -33,6 +33,8 @@ class Job:
     inputs: Tensors
     """All calibration images; the first ``images`` of them are optimized on, the rest is held out."""
     images: int
+    together: int
+    """Images that the network takes together."""
     initial: dict[str, Tensor]
     """The calibrated state with nearest rounding."""
     recipe: Recipe
@@ -167,6 +169,7 @@ class _Walk:
             float_inputs=[q if s else feed[n] for n, q, s in zip(ends.inputs, quantized, same, strict=True)],
             targets=[wanted[name] for name in outputs],
             weights=None if job.fisher is None else [job.fisher[name][:images] for name in outputs],
+            together=job.together,
         )
 
 

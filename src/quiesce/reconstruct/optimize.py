@@ -33,6 +33,8 @@ class Problem:
     targets: list[Tensor]
     weights: list[Tensor] | None = None
     """Fisher weights of the targets, or None."""
+    together: int = 1
+    """Neighbouring images that stay together in every batch."""
 
 
 def optimize(
@@ -96,7 +98,7 @@ def _run(
     on_step: Callable[[], None],
 ) -> list[list[float]]:
     images, device = problem.targets[0].shape[0], problem.targets[0].device
-    order = _batch_order(images, steps, recipe.batch_size, generator)
+    order = _batch_order(images, steps, recipe.batch_size, generator, problem.together)
     roundings = learned.roundings()
     optimizers = [torch.optim.Adam([r.V for r in roundings], lr=recipe.rounding_lr, fused=True)]
     if learned.step_sizes:
@@ -122,10 +124,11 @@ def _run(
     return _curve(losses)
 
 
-def _batch_order(images: int, steps: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Indices [steps, batch_size] of the images of each step, none twice in a step."""
-    draws = [torch.randperm(images, generator=generator, device=generator.device)[:batch_size] for _ in range(steps)]
-    return torch.stack(draws)
+def _batch_order(images: int, steps: int, batch_size: int, generator: torch.Generator, together: int) -> Tensor:
+    """Indices [steps, batch_size] of the images of each step, none twice in a step; neighbours ``together``."""
+    where, clips, size = generator.device, images // together, batch_size // together
+    draws = torch.stack([torch.randperm(clips, generator=generator, device=where)[:size] for _ in range(steps)])
+    return (draws.unsqueeze(-1) * together + torch.arange(together, device=where)).flatten(1)
 
 
 def _loss(problem: Problem, index: Tensor, drop: Drop | None) -> Tensor:
