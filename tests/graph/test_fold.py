@@ -28,13 +28,20 @@ def test_folding_keeps_the_float_output(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_layer_has_a_weight_and_bias_of_its_own(name: str) -> None:
+def test_every_layer_has_a_weight_and_bias_of_its_own_unless_all_around_share_theirs(name: str) -> None:
     folded, _ = fold(captured(name))
     layers = [n for n in folded.graph.nodes if is_weight_op(n)]
     assert len(layers) == CASES[name].layers
-    constants = [c for layer in layers for c in layer.all_input_nodes if c.op == "get_attr"]
-    assert len({c.target for c in constants}) == len(constants)
+    constants = [c for layer in layers for c in layer.all_input_nodes if c.op == "get_attr" and c != weight_node(layer)]
+    weights = {weight_node(layer): None for layer in layers}
+    assert len({c.target for c in [*constants, *weights]}) == len(constants) + len(weights)
     assert all(len(c.users) == 1 for c in constants)
+    assert len(weights) == SHARED.get(name, len(layers))
+    assert all(set(w.users) <= set(layers) for w in weights)
+
+
+SHARED = {"several scales": 2, "recurrence by hand": 3, "states of an lstm": 1}
+"""Weights of networks whose layers are called several times with nothing but such layers in between."""
 
 
 @pytest.mark.parametrize(
@@ -98,6 +105,29 @@ def test_weights_that_two_layers_share_are_folded_apart() -> None:
     folded, left = fold(captured("conv called twice"))
     first, second = (getattr(folded, weight_node(n).target) for n in folded.graph.nodes if is_weight_op(n))
     assert not left and not torch.allclose(first, second)
+
+
+def test_a_weight_is_not_shared_around_a_layer_of_another_weight() -> None:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.a(self.b(self.a(self.c(self.c(x)))))
+
+    net = Lambda(forward, a=conv(3, 3), b=conv(3, 3), c=conv(3, 3, 1))
+    folded, _ = fold(capture(net, Samples((torch.randn(2, 3, 8, 8),))))
+    weights = [weight_node(n).target for n in folded.graph.nodes if is_weight_op(n)]
+    assert weights[0] == weights[1] and len({*weights}) == 4
+
+
+def test_a_weight_is_not_shared_between_operators_or_with_what_reads_it_otherwise() -> None:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        w, v = self.w, self.v
+        y = torch.conv2d(torch.conv_transpose2d(torch.conv2d(x, w), w), w)
+        return torch.conv2d(torch.conv2d(y, v), v) + v
+
+    parts = {name: nn.Parameter(torch.randn(1, 1, 1, 1)) for name in ("w", "v")}
+    samples = Samples((torch.randn(2, 1, 8, 8),))
+    folded, _ = fold(capture(Lambda(forward, **parts), samples))
+    layers = [n for n in folded.graph.nodes if is_weight_op(n)]
+    assert len({weight_node(n) for n in layers}) == len(layers) == 5
 
 
 def test_conv_into_an_output_and_a_norm_is_left_alone() -> None:

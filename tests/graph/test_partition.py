@@ -222,8 +222,8 @@ def case_graph(name: str) -> fx.GraphModule:
     return quantized(captured(name), CASES[name].samples(8), nearest(weight_bits=4, activation_bits=4))
 
 
-JOINED = ("blocks.0+blocks.1", "make+conv", "head+head:linear_1")
-"""Units whose layers have nothing but tensors without images first between them."""
+JOINED = ("blocks.0+blocks.1", "make+conv", "conv+head", "head", "read+keep")
+"""Units whose layers have nothing but tensors without images first between them, or share a weight."""
 
 
 def check_units(gm: fx.GraphModule, units: list[Unit], granularity: str) -> None:

@@ -45,19 +45,28 @@ def make_room_for_biases(gm: fx.GraphModule) -> None:
     That is where a channel's weights are almost nothing beside its bias. A channel of zeros has no scale of its own
     and is given the least one that its bias fits.
     """
+    layers: dict[str, list[_BiasedLayer]] = {}
     for layer in _biased_layers(gm):
-        quantizer = layer.weight
-        unit = layer.input_scale / quantizer.spec.headroom * LARGEST_BIAS
+        layers.setdefault(layer.weight_name, []).append(layer)
+    for name, users in layers.items():
+        quantizer = users[0].weight
+        least = torch.stack([_least_scale(user) for user in users]).amax(dim=0)
         if quantizer.spec.ch_axis is None:
-            least = (layer.bias.abs().amax() / unit).expand_as(quantizer.scale)
             empty = (quantizer.quantized == 0).all()
         else:
-            groups = layer.bias.view(-1, len(quantizer.scale))
-            least = groups.abs().amax(dim=0) / unit
             empty = (quantizer.quantized.movedim(quantizer.spec.ch_axis, 0).flatten(1) == 0).all(dim=1)
         least = next_power_of_two(least.clamp(min=torch.finfo(least.dtype).tiny))
         scale = torch.where(empty, least, torch.maximum(least, quantizer.scale))
-        quantizer.set_parameters(scale, quantizer.zero_point.clone(), getattr(gm, layer.weight_name))
+        quantizer.set_parameters(scale, quantizer.zero_point.clone(), getattr(gm, name))
+
+
+def _least_scale(layer: _BiasedLayer) -> Tensor:
+    """The least scale of the weight with which the layer's bias fits, of the scale's shape."""
+    quantizer = layer.weight
+    unit = layer.input_scale / quantizer.spec.headroom * LARGEST_BIAS
+    if quantizer.spec.ch_axis is None:
+        return (layer.bias.abs().amax() / unit).expand_as(quantizer.scale)
+    return layer.bias.view(-1, len(quantizer.scale)).abs().amax(dim=0) / unit
 
 
 def input_quantizer(gm: fx.GraphModule, layer: fx.Node) -> ActivationFakeQuantize | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quiesce.graph.ops import WEIGHT_OPS, argument, groups_of, input_node, is_weight_op
+from quiesce.graph.ops import WEIGHT_OPS, argument, groups_of, input_node, is_weight_op, weight_node
 from quiesce.graph.rewrite import add_tensor, tidy
 
 aten = torch.ops.aten
@@ -27,8 +27,9 @@ class LeftBatchNorm:
 def fold(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[LeftBatchNorm]]:
     """Return a copy of ``gm`` with batch-norms folded into the layer in front of them, and the list of those left.
 
-    Weights used by several operators are given one copy per operator first: each use can have another batch-norm
-    behind it, and each is rounded for what follows it. Folding is computed in float64.
+    A weight used by several layers stays one if nothing but such layers lies between its uses, as in a head that is
+    called on every level of a pyramid, or the steps of a recurrence. Otherwise each layer is given a copy first: each
+    can have another batch-norm behind it, and each is rounded for what follows it. Folding is computed in float64.
     """
     gm = copy.deepcopy(gm)
     _unshare_weights(gm)
@@ -96,10 +97,11 @@ def _scale_channels(weight: Tensor, factor: Tensor, ch_axis: int, groups: int) -
 
 
 def _unshare_weights(gm: fx.GraphModule) -> None:
-    """Give each weight operator a weight and bias of its own."""
+    """Give each weight operator a bias of its own, and a weight of its own unless it is to be shared."""
     taken: set[str] = set()
+    shared = _shared_weights(gm)
     for layer in [n for n in gm.graph.nodes if is_weight_op(n)]:
-        for constant in [n for n in layer.all_input_nodes if n.op == "get_attr"]:
+        for constant in [n for n in layer.all_input_nodes if n.op == "get_attr" and n not in shared]:
             if str(constant.target) not in taken and len(constant.users) == 1:
                 taken.add(str(constant.target))
                 continue
@@ -108,3 +110,31 @@ def _unshare_weights(gm: fx.GraphModule) -> None:
                 own = gm.graph.get_attr(name)
             own.meta = dict(constant.meta)
             layer.replace_input_with(constant, own)
+
+
+def _shared_weights(gm: fx.GraphModule) -> set[fx.Node]:
+    """Weights that several layers of one kind use, and nothing else, none of which will have a batch-norm folded in.
+
+    They are learned together, in one unit, so the layers between them have to be such layers too.
+    """
+    layers = [n for n in gm.graph.nodes if is_weight_op(n)]
+    folded = {n.args[0] for n in gm.graph.nodes if n.target in BATCH_NORMS and not _why_not(n)}
+    uses: dict[fx.Node, list[int]] = {}
+    for position, layer in enumerate(layers):
+        uses.setdefault(weight_node(layer), []).append(position)
+    shared = {
+        weight: places
+        for weight, places in uses.items()
+        if weight.op == "get_attr"
+        and set(weight.users) == {layers[p] for p in places}
+        and len({layers[p].target for p in places}) == 1
+        and len(places) > 1
+        and not folded.intersection(weight.users)
+    }
+    while True:
+        inside = {p for places in shared.values() for p in places}
+        apart = [w for w, places in shared.items() if not inside.issuperset(range(places[0], places[-1]))]
+        if not apart:
+            return set(shared)
+        for weight in apart:
+            del shared[weight]

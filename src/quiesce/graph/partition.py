@@ -11,7 +11,10 @@ boundaries may then carry several tensors.
 
 **Boundaries** are crossed by batches of images, so every tensor alive there has its images first. Where a layer's or a
 block's own boundary is crossed by something else (a size, a sequence-first tensor inside attention), the nearest place
-between the same two layers is taken; without one the two are one unit.
+between the same two layers is taken; without one the two are one unit. Layers that share a weight are in one unit, as
+it is learned once.
+
+A large run without cuts, such as a feature pyramid with the heads behind it, is split into its modules.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from itertools import groupby, pairwise
 
 from torch import Tensor, fx
 
-from quiesce.graph.ops import is_weight_op
+from quiesce.graph.ops import is_weight_op, weight_node
 from quiesce.graph.place import module_stack, weight_layers
 from quiesce.graph.unit import Unit, compute_nodes, weight_op_positions
 
@@ -31,7 +34,8 @@ CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")
 LOOSE_LAYERS = 3
 """Most weight layers of a loose run that stays one unit."""
 LARGE_BLOCK = 10
-"""A block module with more weight layers than this gives way to repeated modules inside it."""
+"""A block module with more weight layers than this gives way to repeated modules inside it, and a run of no block
+module, with more than this and no cut in it, to the modules inside it."""
 
 
 def partition(gm: fx.GraphModule, granularity: str) -> list[Unit]:
@@ -47,7 +51,8 @@ def partition(gm: fx.GraphModule, granularity: str) -> list[Unit]:
     keys = _block_keys(nodes, places)
     blocks = _block_spans(nodes, places, keys)
     spans = blocks if granularity == "block" else [span for block in blocks for span in _split_layers(nodes, *block)]
-    return _named_units(nodes, _at_usable_places(nodes, places, spans), names, set(keys))
+    spans = _without_torn_weights(nodes, _at_usable_places(nodes, places, spans))
+    return _named_units(nodes, spans, names, set(keys))
 
 
 def _split_layers(nodes: list[fx.Node], start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -123,6 +128,15 @@ def _at_usable_places(nodes: list[fx.Node], places: _Places, spans: list[tuple[i
     return list(pairwise([*edges, len(nodes)]))
 
 
+def _without_torn_weights(nodes: list[fx.Node], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Drop boundaries between the first and the last layer that use a weight."""
+    uses: dict[fx.Node, list[int]] = {}
+    for i in weight_op_positions(nodes):
+        uses.setdefault(weight_node(nodes[i]), []).append(i)
+    edges = [start for start, _ in spans if not any(used[0] < start <= used[-1] for used in uses.values())]
+    return list(pairwise([*edges, len(nodes)]))
+
+
 @dataclass(frozen=True)
 class _BlockModules:
     """Repeated modules with at least two weight layers, by path: the stretch each covers."""
@@ -183,11 +197,25 @@ def _loose_spans(nodes: list[fx.Node], cuts: set[int], start: int, stop: int) ->
     chain: list[tuple[int, int]] = []
     for piece in pairwise(edges):
         if _layers_in(nodes, *piece) > 1:
-            spans += [*_chain_spans(nodes, chain), piece]
+            spans += [*_chain_spans(nodes, chain), *_module_spans(nodes, *piece, depth=0)]
             chain = []
         else:
             chain.append(piece)
     return spans + _chain_spans(nodes, chain)
+
+
+def _module_spans(nodes: list[fx.Node], start: int, stop: int, depth: int) -> list[tuple[int, int]]:
+    """The stretch itself if it is small, else those of the modules in it that are ``depth`` deep or deeper."""
+    if _layers_in(nodes, start, stop) <= LARGE_BLOCK:
+        return [(start, stop)]
+    paths = [[path for path, _ in module_stack(node)] for node in nodes[start:stop]]
+    if all(len(path) <= depth for path in paths):
+        return list(_split_layers(nodes, start, stop))
+    spans = []
+    for _, group in groupby(range(start, stop), key=lambda i: paths[i - start][depth : depth + 1]):
+        run = list(group)
+        spans += _module_spans(nodes, run[0], run[-1] + 1, depth + 1)
+    return spans
 
 
 def _chain_spans(nodes: list[fx.Node], chain: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -265,4 +293,5 @@ def _unit_name(own: tuple[str, ...], every: list[str], blocks: set[str]) -> str:
         inner = [p for p in exclusive if p in blocks]
         return inner[0] if inner else (exclusive[0] if exclusive else layer)
 
-    return "+".join(dict.fromkeys(grow(layer) for layer in own))
+    # Further calls of a layer are named by the first.
+    return "+".join(dict.fromkeys(grow(layer) for layer in own if layer.partition(":")[0] not in {*own} - {layer}))

@@ -47,7 +47,7 @@ def weight_layers(gm: fx.GraphModule) -> dict[str, fx.Node]:
 def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.Node, Annotation]:
     """Return what each tensor is to be quantized to: weights (get_attr nodes) and activations (all others).
 
-    A tensor that feeds several layers takes the largest bits that any of them asks for. What a backend quantizes beyond
+    A tensor that feeds several layers, or a weight of several, takes the largest bits that any of them asks for. What a backend quantizes beyond
     the inputs of layers takes the bits of activations, and the bits of both ends where the network returns it.
 
     Raises:
@@ -71,6 +71,8 @@ def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.No
         edge = index in (0, len(layers) - 1)
         weight_bits, input_bits = _layer_bits(recipe, index, edge, overrides.get(name))
         ch_axis = WEIGHT_OPS[layer.target].ch_axis if recipe.weights.per_channel else None  # type: ignore[index]
+        if weight in annotations:
+            weight_bits = max(weight_bits, annotations[weight].bits)
         annotations[weight] = Annotation(weight_bits, recipe.weights.symmetric, ch_axis)
         if input_bits is not None:
             _annotate_activation(annotations, origin(input_node(layer), backend.pass_ops), input_bits, recipe)

@@ -66,7 +66,7 @@ def extract(gm: fx.GraphModule, nodes: list[fx.Node], start: int, stop: int) -> 
 
     def copy(node: fx.Node) -> fx.Node:
         if node.name not in mapped:
-            # Constants and weight quantizers are made where their only reader is.
+            # Constants and weight quantizers are made in front of their first reader.
             for source in node.all_input_nodes:
                 copy(source)
             mapped[node.name] = graph.node_copy(node, lambda n: mapped[n.name])
