@@ -345,6 +345,20 @@ class UNet(nn.Module):
         return self.head(self.up1(torch.cat([self.raise1(y), first], 1)))
 
 
+class Frozen(nn.Module):
+    """A batch-norm whose statistics and parameters are constants, as in torchvision's detectors."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.rand(channels) + 0.5)
+        self.register_buffer("variance", torch.rand(channels) + 0.3)
+        self.register_buffer("offset", torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (self.gain * (self.variance + 1e-5).rsqrt()).reshape(1, -1, 1, 1)
+        return x * scale + self.offset.reshape(1, -1, 1, 1)
+
+
 class Embedded(nn.Module):
     """Words with positions, averaged under a mask; the head's weight is the embedding's."""
 
@@ -703,6 +717,17 @@ CASES: dict[str, Case] = {
             conv(padding=1), nn.BatchNorm2d(6), conv(6, 6), conv(6, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
         ),
         layers=3,
+    ),
+    "frozen bn": Case(lambda: nn.Sequential(conv(bias=False), Frozen(6), nn.ReLU(), conv(6, 2), Frozen(2)), layers=2),
+    "layer scale": Case(
+        lambda: Lambda(
+            lambda self, x: x + self.gain * self.second(self.first(x).relu()),
+            first=nn.Linear(5, 6),
+            second=nn.Linear(6, 5),
+            gain=nn.Parameter(torch.randn(5)),
+        ),
+        ((4, 5),),
+        layers=2,
     ),
     "orthogonal": Case(lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(5, 6))), ((5,),)),
     "written everywhere": Case(lambda: Lambda(_written_everywhere, conv=conv(3, 4), head=conv(4, 2, 1)), layers=2),

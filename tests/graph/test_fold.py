@@ -107,6 +107,26 @@ def test_weights_that_two_layers_share_are_folded_apart() -> None:
     assert not left and not torch.allclose(first, second)
 
 
+@pytest.mark.parametrize("name", ["frozen bn", "layer scale"])
+def test_constants_of_channels_are_folded_too(name: str) -> None:
+    folded, _ = fold(captured(name))
+    targets = [n.target for n in folded.graph.nodes if n.op == "call_function"]
+    assert aten.mul.Tensor not in targets
+    assert targets.count(aten.add.Tensor) == (name == "layer scale"), "the skip connection alone is left"
+
+
+def test_constants_of_another_axis_are_not_folded() -> None:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.tokens(self.image(x) * self.columns).transpose(1, 2) + self.rows
+
+    parts = {"image": conv(3, 6, padding=1), "columns": nn.Parameter(torch.randn(6, 6)), "tokens": nn.Linear(6, 6)}
+    net = Lambda(forward, **parts, rows=nn.Parameter(torch.randn(6, 1, 6)))
+    samples = Samples((torch.randn(2, 3, 6, 6),))
+    folded, _ = fold(capture(net, samples))
+    assert aten.mul.Tensor in [n.target for n in folded.graph.nodes]
+    assert relative_error(outputs(call(folded), samples), outputs(net, samples)) <= 1e-6
+
+
 def test_a_weight_is_not_shared_around_a_layer_of_another_weight() -> None:
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.a(self.b(self.a(self.c(self.c(x)))))

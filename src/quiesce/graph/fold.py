@@ -1,4 +1,7 @@
-"""Batch-norm folding: y = γ·(W∗x + b − μ)/σ + β becomes one convolution or linear layer."""
+"""Batch-norm folding: y = γ·(W∗x + b − μ)/σ + β becomes one convolution or linear layer.
+
+So do products with and additions of a constant for each channel, which frozen batch-norms and layer scales are.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +37,14 @@ def fold(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[LeftBatchNorm]]:
     gm = copy.deepcopy(gm)
     _unshare_weights(gm)
     left = []
-    for node in [n for n in gm.graph.nodes if n.target in BATCH_NORMS]:
-        reason = _why_not(node)
+    for node in list(gm.graph.nodes):
+        reason = _why_not(node) if node.target in BATCH_NORMS else ""
         if reason:
             left.append(LeftBatchNorm(node.name, reason))
-        else:
-            _fold_one(gm, node.args[0], node)
+        elif node.target in BATCH_NORMS:
+            _fold_batch_norm(gm, node.args[0], node)
+        elif (found := _channel_constant(node)) is not None:
+            _fold_constant(gm, *found, node)
     return tidy(gm), left
 
 
@@ -51,7 +56,7 @@ def _why_not(batch_norm: fx.Node) -> str:
         return "its parameters are computed from the input"
     if not is_weight_op(layer):
         return "no convolution or linear layer stands in front of it"
-    if any(n.op != "get_attr" for n in layer.all_input_nodes if n is not input_node(layer)):
+    if not _has_constants(layer):
         return f"the weight or bias of {layer.name} is computed from the input"
     if len(layer.users) > 1:
         return f"the output of {layer.name} is also used elsewhere"
@@ -60,21 +65,51 @@ def _why_not(batch_norm: fx.Node) -> str:
     return ""
 
 
-def _fold_one(gm: fx.GraphModule, layer: fx.Node, batch_norm: fx.Node) -> None:
-    op = WEIGHT_OPS[layer.target]  # type: ignore[index]
-    weight_at = layer.args[op.weight]
-    bias_at = argument(layer, op.bias, "bias", None)
-    assert isinstance(weight_at, fx.Node)
-    weight = getattr(gm, str(weight_at.target))
-    bias = getattr(gm, str(bias_at.target)) if isinstance(bias_at, fx.Node) else None
+def _has_constants(layer: fx.Node) -> bool:
+    return all(n.op == "get_attr" for n in layer.all_input_nodes if n is not input_node(layer))
+
+
+def _channel_constant(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The layer and the constant, one number a channel, that ``node`` adds to it or multiplies it with, if it does."""
+    if node.target not in (aten.add.Tensor, aten.mul.Tensor) or node.kwargs:
+        return None
+    layer, constant = node.args if isinstance(node.args[0], fx.Node) and is_weight_op(node.args[0]) else node.args[::-1]
+    if not (isinstance(layer, fx.Node) and isinstance(constant, fx.Node) and is_weight_op(layer)):
+        return None
+    if constant.op != "get_attr" or len(layer.users) > 1 or not _has_constants(layer):
+        return None
+    made, shape = layer.meta["val"], list(constant.meta["val"].shape)
+    axis = made.ndim - 1 if WEIGHT_OPS[layer.target].spatial_dims == 0 else 1  # type: ignore[index]
+    wanted = [made.shape[axis] if i == axis else 1 for i in range(made.ndim)]
+    fits = [1] * (made.ndim - len(shape)) + shape == wanted and constant.meta["val"].dtype == made.dtype
+    return (layer, constant) if fits else None
+
+
+def _fold_constant(gm: fx.GraphModule, layer: fx.Node, constant: fx.Node, node: fx.Node) -> None:
+    values = getattr(gm, str(constant.target)).double().flatten()
+    neutral = torch.ones_like(values), torch.zeros_like(values)
+    factor, offset = (neutral[0], values) if node.target is aten.add.Tensor else (values, neutral[1])
+    _absorb(gm, layer, node, factor, offset)
+
+
+def _fold_batch_norm(gm: fx.GraphModule, layer: fx.Node, batch_norm: fx.Node) -> None:
     gain, offset, mean, variance = (
         getattr(gm, str(a.target)) if isinstance(a, fx.Node) else None for a in batch_norm.args[1:5]
     )
     assert mean is not None and variance is not None
     factor = torch.rsqrt(variance.double() + batch_norm.args[7])
     factor = factor if gain is None else factor * gain.double()
-    shift = -mean.double() if bias is None else bias.double() - mean.double()
-    new_bias = shift * factor + (0 if offset is None else offset.double())
+    _absorb(gm, layer, batch_norm, factor, (0 if offset is None else offset.double()) - mean.double() * factor)
+
+
+def _absorb(gm: fx.GraphModule, layer: fx.Node, node: fx.Node, factor: Tensor, offset: Tensor) -> None:
+    """Make ``layer`` compute what ``node`` makes of it, ``factor`` · layer + ``offset`` [channels], and drop the node."""
+    op = WEIGHT_OPS[layer.target]  # type: ignore[index]
+    weight_at = layer.args[op.weight]
+    bias_at = argument(layer, op.bias, "bias", None)
+    assert isinstance(weight_at, fx.Node)
+    weight = getattr(gm, str(weight_at.target))
+    new_bias = offset if not isinstance(bias_at, fx.Node) else getattr(gm, str(bias_at.target)).double() * factor + offset
     new_weight = _scale_channels(weight.double(), factor, op.ch_axis, groups_of(layer))
     setattr(gm, str(weight_at.target), new_weight.to(weight.dtype))
     name = add_tensor(gm, f"{weight_at.name}_bias", new_bias.to(weight.dtype))
@@ -82,9 +117,9 @@ def _fold_one(gm: fx.GraphModule, layer: fx.Node, batch_norm: fx.Node) -> None:
         bias_node = gm.graph.get_attr(name)
     layer.args = (*layer.args[: op.bias], bias_node, *layer.args[op.bias + 1 :])
     layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
-    layer.meta["val"] = batch_norm.meta["val"]
-    batch_norm.replace_all_uses_with(layer)
-    gm.graph.erase_node(batch_norm)
+    layer.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(layer)
+    gm.graph.erase_node(node)
 
 
 def _scale_channels(weight: Tensor, factor: Tensor, ch_axis: int, groups: int) -> Tensor:
@@ -113,12 +148,13 @@ def _unshare_weights(gm: fx.GraphModule) -> None:
 
 
 def _shared_weights(gm: fx.GraphModule) -> set[fx.Node]:
-    """Weights that several layers of one kind use, and nothing else, none of which will have a batch-norm folded in.
+    """Weights that several layers of one kind use, and nothing else, none of which will have something folded in.
 
     They are learned together, in one unit, so the layers between them have to be such layers too.
     """
     layers = [n for n in gm.graph.nodes if is_weight_op(n)]
     folded = {n.args[0] for n in gm.graph.nodes if n.target in BATCH_NORMS and not _why_not(n)}
+    folded |= {found[0] for n in gm.graph.nodes if (found := _channel_constant(n)) is not None}
     uses: dict[fx.Node, list[int]] = {}
     for position, layer in enumerate(layers):
         uses.setdefault(weight_node(layer), []).append(position)
