@@ -38,7 +38,7 @@ FLOORS = (
     {"reconstruct"},
     {"export", "report"},
     {"pipeline", ""},
-    {"weights", "models", "demo", "cli"},
+    {"detection", "weights", "models", "demo", "cli"},
 )
 PACKAGE = Path(quiesce.__file__).parent
 

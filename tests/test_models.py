@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from quiesce.detection import Core
 from quiesce.errors import FileFormatError, ModelError
 from quiesce.models import load_model, load_weights
 from quiesce.preprocess import Preprocessing
@@ -44,6 +45,19 @@ class TestLibraries:
         assert loaded.input_shape == (3, 224, 224)
         assert loaded.preprocessing is not None and loaded.preprocessing.resize == 232
 
+    def test_segmentation(self) -> None:
+        loaded = load_model("torchvision:lraspp_mobilenet_v3_large", weights="random")
+        assert loaded.input_shape == (3, 520, 520)
+        assert loaded.preprocessing is not None and loaded.preprocessing.resize == 520
+
+    @pytest.mark.parametrize(
+        ("name", "size"), [("fasterrcnn_mobilenet_v3_large_320_fpn", 320), ("ssdlite320_mobilenet_v3_large", 320)]
+    )
+    def test_of_a_detector_the_network_is_taken(self, name: str, size: int) -> None:
+        loaded = load_model(f"torchvision:{name}", weights="random")
+        assert isinstance(loaded.model, Core) and loaded.input_shape == (3, size, size)
+        assert loaded.preprocessing is not None and len(loaded.preprocessing.std) == 3
+
     def test_a_tag_picks_other_weights_and_their_preprocessing(self) -> None:
         loaded = load_model("torchvision:mobilenet_v2.IMAGENET1K_V1", weights="random")
         assert loaded.preprocessing is not None and loaded.preprocessing.resize == 256
@@ -61,9 +75,10 @@ class TestLibraries:
         [
             ("timm:mobilenetv2_O50", "timm has no model 'mobilenetv2_O50'. Did you mean 'mobilenetv2_050'"),
             ("timm:mobilenetv2_050.lamb_in1", "unknown tag. Did you mean 'lamb_in1k'"),
-            ("torchvision:resnet81", "torchvision has no classification model 'resnet81'. Did you mean 'resnet18'"),
+            ("torchvision:resnet81", "torchvision has no image model 'resnet81'. Did you mean 'resnet18'"),
+            ("torchvision:fcn_resnet51", "torchvision has no image model 'fcn_resnet51'. Did you mean 'fcn_resnet50'"),
             ("torchvision:resnet18.IMAGENET1K_V2", "unknown tag. Did you mean 'IMAGENET1K_V1'"),
-            ("torchvision:fcn_resnet50", "no classification model"),
+            ("torchvision:r3d_18", "no image model"),
             ("resnet18", "is none of timm:NAME, torchvision:NAME, module.path:callable, or FILE.pt2"),
             ("timm:", "is none of timm:NAME"),
         ],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quiesce import preprocess
+from quiesce.detection import Core
 from quiesce.dotted import DOTTED, call_dotted
 from quiesce.errors import FileFormatError, ModelError, nearest_name
 from quiesce.preprocess import Preprocessing
@@ -37,8 +38,9 @@ def load_model(
 ) -> LoadedModel:
     """Load the network that ``spec`` names.
 
-    - ``timm:NAME`` and ``torchvision:NAME`` (classification networks), with the library's pretrained weights. A tag
-      after a dot picks other ones: ``timm:resnet50.a1_in1k``, ``torchvision:resnet50.IMAGENET1K_V1``.
+    - ``timm:NAME`` and ``torchvision:NAME``, with the library's pretrained weights. A tag after a dot picks other ones:
+      ``timm:resnet50.a1_in1k``, ``torchvision:resnet50.IMAGENET1K_V1``. torchvision's are networks for classification,
+      segmentation, and the networks in detectors (:class:`quiesce.detection.Core`).
     - ``module.path:callable``, which is called without arguments and returns an ``nn.Module``. This runs code.
     - ``FILE.pt2``, a saved ``torch.export`` program. Reading one can run code, so it needs ``trust``.
 
@@ -145,16 +147,25 @@ def _load_torchvision(name: str, weights: str | Path | None) -> LoadedModel:
     except ImportError as error:
         raise _not_installed("torchvision") from error
     architecture, _, tag = name.partition(".")
-    known = models.list_models(module=models)
+    dense = [n for room in (models.segmentation, models.detection) for n in models.list_models(module=room)]
+    known = [*models.list_models(module=models), *dense]
     if architecture not in known:
-        raise ModelError(f"torchvision has no classification model {name!r}.{nearest_name(architecture, known)}")
+        raise ModelError(f"torchvision has no image model {name!r}.{nearest_name(architecture, known)}")
     entries = models.get_model_weights(architecture)
     if tag and tag not in entries.__members__:
         raise ModelError(f"torchvision model {name!r} has an unknown tag.{nearest_name(tag, entries.__members__)}")
     entry = entries[tag or "DEFAULT"]
     pretrained = entry if weights is None else None
-    model = _build(f"torchvision:{name}", weights, lambda: models.get_model(architecture, weights=pretrained))
-    preprocessing = preprocess.from_torchvision(entry)
+    # Weights of the whole network, or none: never those of the backbone alone.
+    settings: dict[str, Any] = {"weights_backbone": None} if architecture in dense else {}
+    model = _build(
+        f"torchvision:{name}", weights, lambda: models.get_model(architecture, weights=pretrained, **settings)
+    )
+    if architecture in models.list_models(module=models.detection):
+        preprocessing = preprocess.from_detector(model)
+        model = Core(model)
+    else:
+        preprocessing = preprocess.from_torchvision(entry)
     shape = None if preprocessing is None else (preprocessing.channels, *preprocessing.crop)
     return LoadedModel(model, f"torchvision:{name}", preprocessing, shape)
 

@@ -132,11 +132,15 @@ def from_timm(model: Any) -> Preprocessing | None:
 
 
 def from_torchvision(weights: Any) -> Preprocessing | None:
-    """Return the preprocessing of a torchvision weights entry, or None if it is not one for classifying images."""
+    """Return the preprocessing of a torchvision weights entry, or None if it is not one for images.
+
+    That for segmentation keeps whole images; as batches are of one size, their central square is taken here.
+    """
     transform = weights.transforms()
-    if type(transform).__name__ != "ImageClassification":
+    if type(transform).__name__ not in ("ImageClassification", "SemanticSegmentation"):
         return None
-    crop, resize = transform.crop_size, transform.resize_size
+    resize = transform.resize_size
+    crop = transform.crop_size if hasattr(transform, "crop_size") else resize
     return Preprocessing(
         resize=resize[0] if len(resize) == 1 else tuple(resize),
         crop=(crop[0], crop[-1]),
@@ -144,6 +148,18 @@ def from_torchvision(weights: Any) -> Preprocessing | None:
         std=tuple(transform.std),
         interpolation=transform.interpolation.value,
         channels=len(transform.mean),
+    )
+
+
+def from_detector(detector: Any) -> Preprocessing:
+    """Return the preprocessing of a torchvision detector, of whose images the central square is taken."""
+    transform = detector.transform
+    fixed = transform.fixed_size
+    return Preprocessing(
+        resize=transform.min_size[-1] if fixed is None else (fixed[1], fixed[0]),
+        crop=(transform.min_size[-1],) * 2 if fixed is None else (fixed[1], fixed[0]),
+        mean=tuple(transform.image_mean),
+        std=tuple(transform.image_std),
     )
 
 

@@ -109,7 +109,9 @@ def _absorb(gm: fx.GraphModule, layer: fx.Node, node: fx.Node, factor: Tensor, o
     bias_at = argument(layer, op.bias, "bias", None)
     assert isinstance(weight_at, fx.Node)
     weight = getattr(gm, str(weight_at.target))
-    new_bias = offset if not isinstance(bias_at, fx.Node) else getattr(gm, str(bias_at.target)).double() * factor + offset
+    new_bias = (
+        offset if not isinstance(bias_at, fx.Node) else getattr(gm, str(bias_at.target)).double() * factor + offset
+    )
     new_weight = _scale_channels(weight.double(), factor, op.ch_axis, groups_of(layer))
     setattr(gm, str(weight_at.target), new_weight.to(weight.dtype))
     name = add_tensor(gm, f"{weight_at.name}_bias", new_bias.to(weight.dtype))
