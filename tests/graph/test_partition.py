@@ -296,6 +296,36 @@ def test_layers_of_a_block_are_stretches_of_it(name: str) -> None:
     assert all(u.start in edges for u in partition(gm, "block"))
 
 
+class Stages(nn.Module):
+    """Two stages of twelve layers each in one skip connection, and four small blocks."""
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.Sequential(*[nn.Sequential(*[conv(4, 4, padding=1) for _ in range(4)]) for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.parts(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stages = conv(3, 4), nn.Sequential(self.Stage(), self.Stage())
+        self.blocks = nn.Sequential(*[Residual() for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stages(self.stem(x)))
+
+
+def test_a_block_of_more_than_a_quarter_of_the_layers_is_split_at_its_modules() -> None:
+    gm = placed(capture(Stages().eval(), images()), nearest())
+    units = partition(gm, "block")
+    check_units(gm, units, "block")
+    check_run(gm, units, list(images().args))
+    sizes = [len(unit.layers) for unit in units]
+    assert sum(sizes) == 33  # of which a block may hold 8
+    assert sizes == [1, 4, 4, 4, 4, 4, 4, 2, 2, 2, 2]
+
+
 def test_boundaries_carry_what_is_alive() -> None:
     dense = net_graph("dense")
     nodes, units = compute_nodes(dense), partition(dense, "block")

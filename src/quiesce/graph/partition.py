@@ -14,11 +14,13 @@ block's own boundary is crossed by something else (a size, a sequence-first tens
 between the same two layers is taken; without one the two are one unit. Layers that share a weight are in one unit, as
 it is learned once.
 
-A large run without cuts, such as a feature pyramid with the heads behind it, is split into its modules.
+A large run without cuts, such as a feature pyramid with the heads behind it, is split into its modules. So is a block
+that holds more than a quarter of the network's layers, such as a whole stage with several branches.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +39,9 @@ LARGE_BLOCK = 10
 """A block module with more weight layers than this gives way to repeated modules inside it, and a run of no block
 module, with more than this and no cut in it, to the modules inside it."""
 
+LARGEST_SHARE, ALWAYS_SMALL = 0.25, 8
+"""A block holds at most this share of the network's weight layers, or this many if that is more."""
+
 
 def partition(gm: fx.GraphModule, granularity: str) -> list[Unit]:
     """Return the network's units in order; every weight operator is in exactly one, and every node too.
@@ -49,7 +54,7 @@ def partition(gm: fx.GraphModule, granularity: str) -> list[Unit]:
     names = {node: name for name, node in weight_layers(gm).items()}
     places = _Places.of(nodes)
     keys = _block_keys(nodes, places)
-    blocks = _block_spans(nodes, places, keys)
+    blocks = list(_without_large(nodes, _block_spans(nodes, places, keys)))
     spans = blocks if granularity == "block" else [span for block in blocks for span in _split_layers(nodes, *block)]
     spans = _without_torn_weights(nodes, _at_usable_places(nodes, places, spans))
     return _named_units(nodes, spans, names, set(keys))
@@ -197,16 +202,16 @@ def _loose_spans(nodes: list[fx.Node], cuts: set[int], start: int, stop: int) ->
     chain: list[tuple[int, int]] = []
     for piece in pairwise(edges):
         if _layers_in(nodes, *piece) > 1:
-            spans += [*_chain_spans(nodes, chain), *_module_spans(nodes, *piece, depth=0)]
+            spans += [*_chain_spans(nodes, chain), *_module_spans(nodes, *piece, LARGE_BLOCK)]
             chain = []
         else:
             chain.append(piece)
     return spans + _chain_spans(nodes, chain)
 
 
-def _module_spans(nodes: list[fx.Node], start: int, stop: int, depth: int) -> list[tuple[int, int]]:
-    """The stretch itself if it is small, else those of the modules in it that are ``depth`` deep or deeper."""
-    if _layers_in(nodes, start, stop) <= LARGE_BLOCK:
+def _module_spans(nodes: list[fx.Node], start: int, stop: int, limit: int, depth: int = 0) -> list[tuple[int, int]]:
+    """The stretch itself if it has at most ``limit`` layers, else those of the modules in it, from ``depth`` down."""
+    if _layers_in(nodes, start, stop) <= limit:
         return [(start, stop)]
     paths = [[path for path, _ in module_stack(node)] for node in nodes[start:stop]]
     if all(len(path) <= depth for path in paths):
@@ -214,8 +219,23 @@ def _module_spans(nodes: list[fx.Node], start: int, stop: int, depth: int) -> li
     spans = []
     for _, group in groupby(range(start, stop), key=lambda i: paths[i - start][depth : depth + 1]):
         run = list(group)
-        spans += _module_spans(nodes, run[0], run[-1] + 1, depth + 1)
+        spans += _module_spans(nodes, run[0], run[-1] + 1, limit, depth + 1)
     return spans
+
+
+def _without_large(nodes: list[fx.Node], spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Split blocks that hold more than their share at modules inside them, into parts of about equal size."""
+    limit = max(ALWAYS_SMALL, int(LARGEST_SHARE * _layers_in(nodes, 0, len(nodes))))
+    for start, stop in spans:
+        layers = _layers_in(nodes, start, stop)
+        target = math.ceil(layers / math.ceil(layers / limit)) if layers else limit
+        packed: list[tuple[int, int]] = []
+        for part in _module_spans(nodes, start, stop, target):
+            if packed and _layers_in(nodes, packed[-1][0], part[1]) <= target:
+                packed[-1] = (packed[-1][0], part[1])
+            else:
+                packed.append(part)
+        yield from packed
 
 
 def _chain_spans(nodes: list[fx.Node], chain: list[tuple[int, int]]) -> list[tuple[int, int]]:
