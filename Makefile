@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: demo test test-long lint format clean
+.PHONY: demo test test-long test-all-networks lint format clean
 
 demo: $(STAMP)
 	$(BIN)/quiesce demo --out runs/demo --force
@@ -14,6 +14,9 @@ test: lint
 
 test-long: $(TEST_STAMP)
 	$(BIN)/python -m pytest
+
+test-all-networks: $(TEST_STAMP)
+	$(BIN)/python tests/networks/run.py
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
