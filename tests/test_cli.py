@@ -162,6 +162,19 @@ class TestQuantize:
         assert code == 0, err
         assert result.run.top1 is not None and f"{result.run.top1:.2f}" in out
 
+    def test_layers_left_float_are_counted_with_their_reason(self, place: Path, command: Command) -> None:
+        chosen = ("--preset", "nearest", "--leave-float", "type:linear", "--leave-float", "[35]")
+        code, out, err = command(*QUANTIZE, *chosen, "--out", "out")
+        assert code == 0, err
+        assert "1 weight layer is left float, as the recipe asks for it (type:linear): 9\n" in out
+        assert "2 weight layers are left float, as the recipe asks for it ([35]): 3, 5\n" in out
+        assert "3, 5" in (place / "out" / "report.html").read_text()
+        assert list(Result.read(place / "out" / "result.json").float_layers) == ["3", "5", "9"]
+        code, out, err = command("analyze", "cli_source:net", "--input-shape", "3,8,8", *chosen[2:])
+        assert code == 0 and "2 weight layers are left float" in out
+        code, out, err = command(*QUANTIZE, "--leave-float", "Linear", "--out", "other")
+        assert code == 1 and "error: layers: pattern 'Linear' fits no weight layer" in err
+
     def test_progress_goes_to_stderr_and_the_table_to_stdout(self, place: Path, command: Command) -> None:
         settings = ("--preset", "brecq-fast", "--steps", "2", "--set", "batch_size=4")
         code, out, err = command(*QUANTIZE, *settings, "--out", "out")

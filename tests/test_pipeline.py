@@ -19,7 +19,7 @@ from quiesce.data import Samples
 from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
 from quiesce.pipeline import analyze, prepare, run
 from quiesce.recipe import PRESETS
-from tiny import Chain
+from tiny import Assorted, Chain
 from tiny import recipe as small
 
 QUICK = {"steps": 4, "batch_size": 8}
@@ -79,6 +79,30 @@ def test_without_evaluation_data_nothing_is_measured() -> None:
     made = quiesce.quantize(Chain(1), X, recipe("nearest")).result
     assert made.float["top1"] is None
     assert (made.run.top1, made.run.agreement, made.run.sqnr_db) == (None, None, None)
+
+
+def test_layers_left_float_are_told_with_the_reason_of_each(tmp_path: Path) -> None:
+    chosen = small(leave_float=["stem", "type:Squeeze"])
+    network = quiesce.quantize(Assorted(), X, chosen, evaluate=X)
+    squeezes = [f"blocks.{i}.{name}" for i in (1, 3) for name in ("down", "up")]
+    expected = {"stem": "the recipe asks for it (stem)"}
+    expected |= dict.fromkeys(squeezes, "the recipe asks for it (type:Squeeze)")
+    expected |= {"conv2d_9": "its weight is computed from the input"}
+    assert network.result.float_layers == expected
+    assert prepare(Assorted(), X, chosen).float_layers == expected
+    assert analyze(Assorted(), Samples((X[:2],)), chosen).float_layers == expected
+    network.save(tmp_path / "out")
+    loaded = quiesce.load(tmp_path / "out")
+    assert loaded.result.float_layers == expected
+    assert torch.equal(loaded(X), network(X))
+    assert not quiesce.quantize(Chain(1), X, recipe("nearest")).result.float_layers
+
+
+def test_a_network_left_float_but_for_one_layer_answers_like_float() -> None:
+    names = ["stem", "blocks.0.*", "blocks.1.conv1", "blocks.1.conv2"]
+    chosen = small(weight_first_last_bits=8, activation_first_last_bits=8, leave_float=names)
+    sqnr = quiesce.quantize(Chain(2), X, chosen, evaluate=X).result.run.sqnr_db
+    assert sqnr is not None and sqnr > 35
 
 
 def test_calibration_may_come_in_any_form() -> None:

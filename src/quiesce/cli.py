@@ -73,6 +73,15 @@ Preset = Annotated[
 ]
 WeightBits = Annotated[int | None, _option("Bits of weights, 2-8.", "N", panel=_RECIPE, show_default="4")]
 ActivationBits = Annotated[str | None, _option("Bits of activations, 2-8.", "N|float", panel=_RECIPE, show_default="4")]
+LeaveFloat = Annotated[
+    list[str] | None,
+    _option(
+        "Layers not to quantize, by a pattern of names or of types (type:Linear). Repeatable.",
+        "PATTERN",
+        "--leave-float",
+        panel=_RECIPE,
+    ),
+]
 BackendName = Annotated[
     str | None,
     _option(f"What is quantized where: {', '.join(BACKENDS)}.", "NAME", panel=_RECIPE, show_default="academic"),
@@ -180,6 +189,7 @@ def quantize(
     recipe: RecipeFile = None,
     weight_bits: WeightBits = None,
     activation_bits: ActivationBits = None,
+    leave_float: LeaveFloat = None,
     backend: BackendName = None,
     granularity: Granularity = None,
     steps: Steps = None,
@@ -209,6 +219,7 @@ def quantize(
         settings or [],
         weight_bits=weight_bits,
         activation_bits=activation_bits,
+        leave_float=leave_float,
         backend=backend,
         granularity=granularity,
         steps=steps,
@@ -287,6 +298,7 @@ def analyze(
     input_shape: InputShape = None,
     recipe: RecipeFile = None,
     weight_bits: WeightBits = None,
+    leave_float: LeaveFloat = None,
     granularity: CapacityGranularity = None,
     settings: Settings = None,
     trust: Trust = False,
@@ -299,7 +311,9 @@ def analyze(
     if granularity not in (None, "modcap", "scheme"):
         raise RecipeError(f"--granularity {granularity!r} needs optimization; analyze takes modcap or scheme.")
     method = granularity if granularity or recipe else "modcap"
-    chosen = read_recipe(recipe, None, settings or [], weight_bits=weight_bits, granularity=method)
+    chosen = read_recipe(
+        recipe, None, settings or [], weight_bits=weight_bits, leave_float=leave_float, granularity=method
+    )
     given = _numbers("--input-shape", input_shape, int)
     if given is not None and min(given) < 1:
         raise DataError(f"--input-shape is {input_shape!r}; give numbers above 0, without the batch.")
@@ -321,6 +335,7 @@ def analyze(
     if json_file is not None:
         write_text(json_file, json.dumps(asdict(analysis), indent=2) + "\n")
     _print(_analysis_table(analysis, loaded.name))
+    _print_float_layers(analysis.float_layers)
 
 
 @app.command()
@@ -622,8 +637,16 @@ def _totals_table(inventory: Inventory) -> Table:
 
 def _show_results(result: Result, out: Path) -> None:
     _print(results_table(result))
+    _print_float_layers(result.float_layers)
     for path in sorted(out.iterdir()):
         _print(str(path))
+
+
+def _print_float_layers(layers: dict[str, str]) -> None:
+    for reason in dict.fromkeys(layers.values()):
+        names = [name for name, why in layers.items() if why == reason]
+        counted = "1 weight layer is" if len(names) == 1 else f"{len(names)} weight layers are"
+        _print(f"{counted} left float, as {reason}: {', '.join(names)}")
 
 
 def _print(content: str | Table) -> None:

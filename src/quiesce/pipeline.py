@@ -28,7 +28,7 @@ from quiesce.graph.capture import capture, images_together, interface_of
 from quiesce.graph.fold import LeftBatchNorm, fold
 from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
 from quiesce.graph.partition import partition
-from quiesce.graph.place import annotate, end_grids_at_bounds, insert
+from quiesce.graph.place import annotate, end_grids_at_bounds, float_layers, insert
 from quiesce.graph.rewrite import follow_tensors
 from quiesce.graph.unit import Unit, boundary
 from quiesce.oscillation.capacity import modcap
@@ -226,6 +226,8 @@ class Prepared:
     float_metrics: Metrics | None
     name: str
     left: list[LeftBatchNorm]
+    float_layers: dict[str, str]
+    """Weight layers that stay float, with the reason of each."""
     seconds: float
     device: torch.device
 
@@ -245,6 +247,7 @@ class Prepared:
             recipe=recipe.to_dict(),
             versions=versions(),
             hardware=hardware(self.device),
+            float_layers=self.float_layers,
         )
 
 
@@ -301,6 +304,7 @@ def prepare(
         float_metrics=metrics,
         name=name or type(model).__name__,
         left=left,
+        float_layers=float_layers(folded, BACKENDS[recipe.backend], recipe),
         seconds=time.perf_counter() - began,
         device=where,
     )
@@ -349,6 +353,8 @@ class Analysis:
     merges: list[list[str]]
     layers: dict[str, list[str]]
     """Module → its weight layers."""
+    float_layers: dict[str, str]
+    """Weight layers that stay float, with the reason of each."""
 
 
 def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe) -> Analysis:
@@ -361,8 +367,8 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
         settings = GranularityRecipe(
             method="modcap", k=settings.k, lam=settings.lam, alpha=settings.alpha, max_modules=settings.max_modules
         )
-    graph, _ = fold(_captured(model, example, _device_of(model)))
-    graph = insert(graph, annotate(graph, BACKENDS[recipe.backend], recipe))
+    folded, _ = fold(_captured(model, example, _device_of(model)))
+    graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
     units = partition(graph, "block")
     names = [u.name for u in units]
     capacities = modcap(graph, units, settings.alpha)
@@ -373,6 +379,7 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
         differentials=proposal.differentials,
         merges=[[names[i] for i in group] for group in proposal.groups if len(group) > 1],
         layers={u.name: list(u.layers) for u in units},
+        float_layers=float_layers(folded, BACKENDS[recipe.backend], recipe),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.graph.unit import boundary, compute_nodes, extract
-from quiesce.quant.fake_quantize import float_mode
+from quiesce.quant.fake_quantize import WeightFakeQuantize, float_mode
 
 Tensors = dict[str, Tensor]
 """Tensors [images, ...] by node name."""
@@ -37,6 +37,16 @@ class Network:
     @property
     def end(self) -> int:
         return len(self.nodes)
+
+    def learns(self, start: int, stop: int, step_sizes: bool) -> bool:
+        """True when the stretch ``[start, stop)`` has a rounding to learn, or an activation's step size if these are.
+
+        A stretch whose weights are left float, and whose inputs nothing quantizes, has neither.
+        """
+        inside = self.nodes[start:stop]
+        read = [n for node in inside for n in node.all_input_nodes if n.op == "call_module"]
+        weights = any(isinstance(getattr(self.gm, str(n.target)), WeightFakeQuantize) for n in read)
+        return weights or (step_sizes and any(n.op == "call_module" for n in inside))
 
     @torch.no_grad()
     def run(self, start: int, stop: int, tensors: Tensors, batch: int, *, quantized: bool) -> Tensors:

@@ -399,6 +399,8 @@ def _unit_panel(axes: Axes, record: UnitRecord, first_column: bool, last: bool) 
 
 def _fate(record: UnitRecord) -> str:
     curve = record.loss_curve
+    if not record.steps:
+        return "nothing to learn"
     told = [f"{number(curve[0][1])} → {number(curve[-1][1])}" if curve else "no curve recorded"]
     return ", ".join(told + (["reused"] if record.reused else [f"{record.seconds:.1f} s"]))
 
