@@ -370,6 +370,85 @@ class TestAnalyze:
         code, _, err = command("analyze", "cli_source:net", "--input-shape", "3,8,8", "--granularity", "loss")
         assert code == 1 and "'loss' needs optimization" in err
 
+    def test_sensitivities_as_table_figure_and_numbers(self, place: Path, command: Command) -> None:
+        data = ("--sensitivity", "--calibration", "cli_source:images", "--images", "40")
+        chosen = ("--weight-bits", "3", "--bits", "2,5", "--json", "a.json", "--figure", "a.svg")
+        code, out, err = command("analyze", "cli_source:net", *data, *chosen)
+        assert code == 0, err
+        found = json.loads((place / "a.json").read_text())["sensitivity"]
+        assert [row["layer"] for row in found["layers"]] == ["0", "3", "5", "9"]
+        assert [list(row["weight_errors"]) for row in found["layers"][:2]] == [["2", "5", "8"], ["2", "3", "5"]]
+        assert found["images"] == 10 and found["calibration_images"] == 30
+        ranked = [row["layer"] for row in sorted(found["layers"], key=lambda row: -row["error"])]
+        assert re.findall(r"^│ (\d) +│ +\d+ │ +\d/4|^│ (\d) +│ +\d+ │ +8/8", out, re.M)
+        assert [
+            re.search(r"\d", line)[0] for line in out.splitlines() if re.match(r"│ \d .* │ +\d/\d │", line)
+        ] == ranked
+        assert "forward passes over these images" in out and "100%" in err
+        assert (place / "a.svg").read_text().startswith("<svg ")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--sensitivity",), "--sensitivity, --calibration and --figure go together"),
+            (("--calibration", "cli_source:images"), "go together"),
+            (("--figure", "a.svg"), "go together"),
+            (("--sensitivity", "--calibration", "cli_source:images", "--bits", "1"), "the number of bits is 1"),
+            (
+                ("--sensitivity", "--calibration", "cli_source:images", "--bits", "a"),
+                "--bits is 'a'; give whole numbers",
+            ),
+            (("--sensitivity", "--calibration", "none"), "calibration data 'none' is not there"),
+            (
+                ("--sensitivity", "--calibration", "cli_source:images", "--figure", "no/a.svg"),
+                "folder .*no is not there",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_a_sensitivity(
+        self, place: Path, command: Command, arguments: tuple[str, ...], message: str
+    ) -> None:
+        code, _, err = command("analyze", "cli_source:net", "--input-shape", "3,8,8", *arguments)
+        assert code == 1 and re.search(rf"^error: .*{message}", err, re.M)
+        assert not list(place.glob("*.svg"))
+
+
+class TestMixed:
+    @pytest.mark.parametrize("budget", ["3", "250B", "0.25kB", "2.5MBOP"])
+    def test_bits_are_chosen_and_stored_in_the_recipe(self, place: Path, command: Command, budget: str) -> None:
+        pytest.importorskip("scipy")
+        chosen = ("--preset", "nearest", "--mixed", budget, "--mixed-bits", "2,3,4")
+        code, out, err = command(*QUANTIZE, *chosen, "--out", "out")
+        assert code == 0, err
+        assert "Chosen bits: " in out and "nearest, mixed bits" in out
+        recipe = Recipe.from_toml(place / "out" / "recipe.toml")
+        assert [o.pattern for o in recipe.layers] == ["0", "3", "5", "9"]
+        assert {o.weight_bits for o in recipe.layers[1:3]} <= {2, 3, 4}
+        code, _, err = command(*QUANTIZE, "--recipe", "out/recipe.toml", "--out", "again")
+        assert code == 0, err
+        files = [(place / folder / "quantized.safetensors").read_bytes() for folder in ("out", "again")]
+        assert files[0] == files[1]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--mixed", "three"), "--mixed is 'three'; give mean bits such as 3"),
+            (("--mixed", "3kb"), "--mixed is '3kb'"),
+            (("--mixed", "3M"), "--mixed is '3M'"),
+            (("--mixed", "1.5"), "budget of 1.5 bits a weight is too small: 2 bits .* take 2 bits a weight"),
+            (("--mixed", "0"), "a number above 0"),
+            (("--mixed-bits", "2,3"), "give --mixed too"),
+            (("--mixed", "3", "--mixed-bits", "2,9"), "the number of bits is 9"),
+        ],
+    )
+    def test_budgets_that_can_not_be_kept(
+        self, place: Path, command: Command, arguments: tuple[str, ...], message: str
+    ) -> None:
+        pytest.importorskip("scipy")
+        code, _, err = command(*QUANTIZE, *arguments, "--out", "out")
+        assert code == 1 and re.search(rf"^error: .*{message}", err, re.M), err
+        assert not (place / "out").exists()
+
 
 class TestReadRecipe:
     def test_qdrop_unless_told(self) -> None:

@@ -40,7 +40,8 @@ def _one_of(setting: str, value: Any, known: Collection[str]) -> None:
     _check(isinstance(value, str) and value in known, f"{setting} {value!r} is unknown.{nearest_name(value, known)}")
 
 
-def _bits(setting: str, value: Any) -> None:
+def check_bits(setting: str, value: Any) -> None:
+    """Raise a RecipeError about ``setting`` if ``value`` is no number of bits that tensors can be quantized to."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     _check(whole and 2 <= value <= 8, f"{setting} is {value!r}; give a whole number from 2 to 8.")
 
@@ -91,8 +92,8 @@ class WeightRecipe:
     """How the clipping range is found: minmax, percentile, or lp (L_p search, p = 2.4 as in the references)."""
 
     def __post_init__(self) -> None:
-        _bits("weights.bits", self.bits)
-        _bits("weights.first_last_bits", self.first_last_bits)
+        check_bits("weights.bits", self.bits)
+        check_bits("weights.first_last_bits", self.first_last_bits)
         _one_of("weights.range", self.range, RANGES)
         _check_kinds(self, "weights.")
 
@@ -117,8 +118,8 @@ class ActivationRecipe:
     def __post_init__(self) -> None:
         for name in ("bits", "second_layer_bits"):
             if getattr(self, name) is not None:
-                _bits(f"activations.{name}", getattr(self, name))
-        _bits("activations.first_last_bits", self.first_last_bits)
+                check_bits(f"activations.{name}", getattr(self, name))
+        check_bits("activations.first_last_bits", self.first_last_bits)
         _one_of("activations.range", self.range, RANGES)
         _check_kinds(self, "activations.")
         _check(50 < self.percentile <= 100, f"activations.percentile is {self.percentile}; give a value in (50, 100].")
@@ -140,7 +141,7 @@ class LayerOverride:
     def __post_init__(self) -> None:
         given = [name for name in ("weight_bits", "activation_bits") if getattr(self, name) is not None]
         for name in given:
-            _bits(f"layers[{self.pattern!r}].{name}", getattr(self, name))
+            check_bits(f"layers[{self.pattern!r}].{name}", getattr(self, name))
         _check_kinds(self, "layers.")
         _check(
             not (self.leave_float and given),
@@ -454,7 +455,7 @@ def _toml(data: Mapping[str, Any]) -> str:
                 value = _NULL_WORDS.get((name, key)) if value is None else value
                 lines += [] if value is None else [f"{key} = {_toml_value(value)}"]
     for override in data.get("layers", []):
-        lines += ["", "[[layers]]"] + [f"{k} = {_toml_value(v)}" for k, v in override.items() if v is not None]
+        lines += ["", "[[layers]]"] + [f"{k} = {_toml_value(v)}" for k, v in override.items() if v not in (None, False)]
     return "\n".join(lines) + "\n"
 
 

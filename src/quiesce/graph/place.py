@@ -100,6 +100,17 @@ def float_layers(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[s
     return {name: reason for name, reason in reasons.items() if reason}
 
 
+def layers_at_common_bits(gm: fx.GraphModule, recipe: Recipe) -> list[str]:
+    """Return the quantized weight layers whose bits are ``weights.bits``: neither end, and none with an override.
+
+    ``gm`` holds fake-quantizers.
+    """
+    layers = weight_layers(gm)
+    overrides = {name for name, o in _overrides(layers, recipe.layers).items() if o.weight_bits is not None}
+    inner = list(layers)[1:-1]
+    return [name for name in inner if name not in overrides and weight_quantizer(gm, layers[name]) is not None]
+
+
 def weight_quantizer(gm: fx.GraphModule, layer: fx.Node) -> WeightFakeQuantize | None:
     """Return what quantizes the weight of the weight operator ``layer``; None if the layer is left float."""
     weight = weight_node(layer)

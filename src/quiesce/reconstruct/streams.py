@@ -63,6 +63,18 @@ class Network:
         alive = {name: t for name, t in tensors.items() if self._last_use.get(name, -1) >= stop}
         return alive | {name: torch.cat(parts) for name, parts in made.items()}
 
+    def output_error(self, outputs: Tensors, reference: Tensors) -> float:
+        """Return E‖ŷ − y‖² / E‖y‖² of the network's ``outputs`` against ``reference`` (E‖ŷ − y‖² where y is all zeros).
+
+        It is the inverse of the outputs' signal-to-noise ratio.
+        """
+        noise = energy = 0.0
+        for name in self.outputs:
+            target = reference[name].to(torch.float64)
+            noise += (outputs[name].to(torch.float64) - target).square().sum().item()
+            energy += target.square().sum().item()
+        return noise / energy if energy > 0 else noise
+
 
 def _forward(module: fx.GraphModule, inputs: list[Tensor], quantized: bool) -> tuple[Tensor, ...]:
     if quantized:
