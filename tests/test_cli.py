@@ -1,3 +1,4 @@
+import ctypes
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from quiesce.cli import app, main, read_recipe, results_table
+from quiesce.cli import _stdout_to_stderr, app, main, read_recipe, results_table
 from quiesce.errors import RecipeError
 from quiesce.recipe import GRANULARITIES, PRESETS, Recipe
 from quiesce.result import Result, Run
@@ -414,6 +415,12 @@ class TestAnalyze:
 
 
 class TestMixed:
+    def test_what_libraries_print_in_c_goes_to_stderr(self, capfd: pytest.CaptureFixture[str]) -> None:
+        with _stdout_to_stderr():
+            ctypes.CDLL(None).printf(b"repairing\n")
+        sys.stdout.write("table\n")
+        assert capfd.readouterr() == ("table\n", "repairing\n")
+
     @pytest.mark.parametrize("budget", ["3", "250B", "0.25kB", "2.5MBOP"])
     def test_bits_are_chosen_and_stored_in_the_recipe(self, place: Path, command: Command, budget: str) -> None:
         pytest.importorskip("scipy")

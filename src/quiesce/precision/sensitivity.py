@@ -99,7 +99,9 @@ def layer_sensitivities(
         ModelError: the network, or what a single quantized layer makes of it, returns NaN or infinite values.
     """
     network, batch = Network(gm), recipe.calibration_batch
-    layers = [_Layer.find(network, name) for name, node in weight_layers(gm).items() if weight_quantizer(gm, node)]
+    layers = [
+        _Layer.find(network, name, node) for name, node in weight_layers(gm).items() if weight_quantizer(gm, node)
+    ]
     trials = sorted((t for layer in layers for t in layer.trials(bits)), key=lambda trial: trial.start)
     progress.plan(len(trials))
     macs = multiplications(gm, inputs)
@@ -141,9 +143,8 @@ class _Layer:
     """Position of the quantizer of its input, or its own."""
 
     @classmethod
-    def find(cls, network: Network, name: str) -> _Layer:
+    def find(cls, network: Network, name: str, node: fx.Node) -> _Layer:
         gm = network.gm
-        node = weight_layers(gm)[name]
         weight, source = weight_quantizer(gm, node), input_quantizer(gm, node)
         assert weight is not None
         place = network.nodes.index(node)

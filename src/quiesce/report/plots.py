@@ -146,7 +146,8 @@ def sensitivities(found: Sensitivity) -> str:
     with _figure(_figure_width(names), 360 + _name_height(names)) as figure:
         axes = figure.subplots()
         errors = [row.error for row in found.layers]
-        axes.bar(range(len(names)), errors, width=0.7, color=_PLAIN_BAR, edgecolor=_INK, linewidth=0.6)
+        bars: dict[str, Any] = {"color": _PLAIN_BAR, "edgecolor": _INK, "linewidth": 0.6, "label": "weight and input"}
+        axes.bar(range(len(names)), errors, width=0.7, **bars)
         for i, b in enumerate(bits, 1):
             series = [row.weight_errors.get(b, math.nan) or math.nan for row in found.layers]
             look = {**_line_look(i, last=False), "linestyle": "none"}
@@ -155,7 +156,7 @@ def sensitivities(found: Sensitivity) -> str:
             axes, [*errors, *(e for row in found.layers for e in row.weight_errors.values())], "error", bars=True
         )
         _module_axis(axes, names)
-        figure.legend(loc="outside upper left", ncols=4)
+        figure.legend(loc="outside upper left", ncols=5)
         worst = found.ranked[:3]
         told = ", ".join(f"{row.layer} ({number(row.error)})" for row in worst)
         return _svg(figure, f"Output error of each of {len(names)} layers quantized alone. Largest: {told}.")
