@@ -469,6 +469,14 @@ class TestReadRecipe:
         recipe = read_recipe(tmp_path / "r.toml", None, settings, weight_bits=5, granularity=None)
         assert recipe == Recipe.preset("brecq", seed=1, weight_bits=5, steps=6)
 
+    def test_layers_are_left_float_by_settings_and_options_alike(self, tmp_path: Path) -> None:
+        expected = Recipe.preset("qdrop", leave_float=["a", "type:Conv2d"])
+        assert read_recipe(None, None, ['leave_float=["a", "type:Conv2d"]']) == expected
+        assert read_recipe(None, None, [], leave_float=["a", "type:Conv2d"]) == expected
+        assert read_recipe(None, None, ["leave_float=a"]) == Recipe.preset("qdrop", leave_float="a")
+        (tmp_path / "r.toml").write_text(expected.to_toml())
+        assert read_recipe(tmp_path / "r.toml", None, []) == expected
+
     def test_a_backend_brings_its_settings_also_to_a_file_with_every_setting(self, tmp_path: Path) -> None:
         expected = Recipe.preset("qdrop", backend="onnxruntime")
         assert expected.weights.symmetric

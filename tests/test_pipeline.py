@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,12 @@ def test_chosen_bits_are_those_of_the_network_and_of_its_recipe(budget: dict[str
     assert network.result.run.capacities["blocks.0"] == sizes["blocks.0.conv1"] + sizes["blocks.0.conv2"]
     again = quiesce.quantize(Chain(2), X, Recipe.from_toml(tmp_path / "out" / "recipe.toml"))
     assert torch.equal(again(X), network(X))
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ModelError, match=r"scipy is not installed.*quiesce\[mixed\]"):
+        choose_bits(Chain(1), X, recipe(), average_bits=3)
 
 
 def test_what_can_not_be_chosen_is_refused_early() -> None:
