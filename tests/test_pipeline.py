@@ -21,7 +21,7 @@ from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
 from quiesce.pipeline import analyze, choose_bits, prepare, run
 from quiesce.quant.fake_quantize import fake_quantizers
 from quiesce.recipe import PRESETS
-from tiny import Assorted, Chain
+from tiny import Assorted, Chain, TiedPair
 from tiny import recipe as small
 
 QUICK = {"steps": 4, "batch_size": 8}
@@ -129,6 +129,15 @@ def test_chosen_bits_are_those_of_the_network_and_of_its_recipe(budget: dict[str
     assert network.result.run.capacities["blocks.0"] == sizes["blocks.0.conv1"] + sizes["blocks.0.conv2"]
     again = quiesce.quantize(Chain(2), X, Recipe.from_toml(tmp_path / "out" / "recipe.toml"))
     assert torch.equal(again(X), network(X))
+
+
+def test_one_weight_of_two_layers_gets_one_number_of_bits() -> None:
+    pytest.importorskip("scipy")
+    made = choose_bits(TiedPair(), X, small("nearest", weight_bits=6), average_bits=3)
+    assert list(made.bits) == ["stem", "first", "third", "head"] and made.bits["first"] < 6
+    network = quiesce.quantize(TiedPair(), X, made.recipe)
+    stored = [q.spec.bits for q in fake_quantizers(network).values() if hasattr(q, "quantized")]
+    assert stored == list(made.bits.values())
 
 
 def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,25 @@ class Assorted(nn.Module):
         return logits
 
 
+class TiedPair(nn.Module):
+    """A stem, two convolutions of two modules with one weight, a third of its own, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.stem, self.first = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+            self.second, self.third = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+            self.head = nn.Linear(6, 5)
+        self.second.weight = self.first.weight
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.relu(self.first(torch.relu(self.stem(x)))))
+        logits: Tensor = self.head(torch.relu(self.third(torch.relu(y))).mean((2, 3)))
+        return logits
+
+
 def images(count: int = 32, seed: int = 1, size: int = 8, channels: int = 3) -> Tensor:
     """Random images [count, channels, size, size]."""
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))

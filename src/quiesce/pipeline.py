@@ -477,6 +477,7 @@ def _sensitivity(
         model, samples.select(slice(first)), replace(recipe, granularity=None, reconstruction=None), device=device
     )
     held = samples.select(slice(first, None)).to(prepared.device)
+    _check_together(prepared.together, recipe, {"held-out images": len(held)})
     layers, passes = layer_sensitivities(
         prepared.graph, _inputs(prepared.graph, held), recipe, bits, Progress(progress)
     )

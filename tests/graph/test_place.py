@@ -20,7 +20,7 @@ from quiesce.graph.place import annotate, float_layers, insert, weight_layers, w
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, float_mode
 from quiesce.recipe import LayerOverride, Recipe
 from small_nets import CASES, FromInput, Lambda, call, captured, conv, nearest, outputs, placed, quantized, trained
-from tiny import Assorted
+from tiny import Assorted, TiedPair
 
 IMAGES = Samples((torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),))
 LOW = nearest(weight_bits=2, activation_bits=4)
@@ -259,6 +259,14 @@ class TestLeftFloat:
         assert bits(placed(capture(net, IMAGES), LOW)) == {"coarse": (None, None), "head": (8, 8)}
         reasons = float_reasons(capture(net, IMAGES), LOW)
         assert reasons == {"coarse": "its weight is torch.bfloat16, too coarse to round, unlike float32"}
+
+    def test_layers_that_share_a_weight_are_left_float_together(self) -> None:
+        gm = capture(TiedPair(), IMAGES)
+        assert list(float_reasons(gm, LOW.with_settings(leave_float=["first", "second"]))) == ["first", "second"]
+        found = bits(placed(gm, LOW.with_settings(leave_float=["first", "second"])))
+        assert [w for w, _ in found.values()] == [8, None, None, 2, 8]
+        with pytest.raises(RecipeError, match="second is left float, and first, which has the same weight, is not"):
+            placed(gm, LOW.with_settings(leave_float="second"))
 
     def test_a_backend_does_not_quantize_what_a_float_layer_returns(self) -> None:
         net = trained(nn.Sequential(conv(3, 4), nn.Sigmoid(), conv(4, 4)))

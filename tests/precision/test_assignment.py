@@ -54,7 +54,9 @@ def test_a_budget_is_used_to_the_last_unit() -> None:
 
 
 def row(name: str, weights: int, macs: int, own: int, errors: dict[int, float], inputs: int | None) -> LayerSensitivity:
-    return LayerSensitivity(name, weights, macs, own, inputs, errors[own], 0.0, errors)
+    return LayerSensitivity(
+        name, (f"{name} too",) * (name == "wide"), weights, macs, own, inputs, errors[own], 0.0, errors
+    )
 
 
 ROWS = [
@@ -123,6 +125,7 @@ def test_the_recipe_says_all_by_itself() -> None:
         earlier,
         LayerOverride(pattern="first", weight_bits=8),
         LayerOverride(pattern="wide", weight_bits=2),
+        LayerOverride(pattern="wide too", weight_bits=2),
         LayerOverride(pattern="deep[[]0]", weight_bits=4),
         LayerOverride(pattern="last", weight_bits=8),
     )

@@ -18,7 +18,7 @@ from quiesce.precision.sensitivity import Sensitivity, layer_sensitivities, mult
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import fake_quantizers, snapshot
 from small_nets import CASES, captured, nearest, placed
-from tiny import Assorted, Chain, images, recipe, same_state
+from tiny import Assorted, Chain, TiedPair, images, recipe, same_state
 
 LAYERS = ("0", "2", "5")
 
@@ -129,6 +129,40 @@ def test_float_layers_are_not_measured_but_told() -> None:
         *("stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.2.conv1", "blocks.2.conv2", "make", "head"),
     ]
     assert list(found.float_layers)[-1] == "conv2d_9" and len(found.float_layers) == 5
+
+
+def test_layers_that_share_a_weight_are_one() -> None:
+    settings = recipe("nearest", activation_bits=4)
+    found = measure_sensitivity(TiedPair(), images(16), settings, bits=(3,))
+    assert [(row.layer, row.shared_with) for row in found.layers] == [
+        ("stem", ()),
+        ("first", ("second",)),
+        ("third", ()),
+        ("head", ()),
+    ]
+    tied = found.layers[1]
+    assert (tied.weights, tied.macs, tied.input_bits) == (6 * 6 * 9, 2 * 6 * 6 * 9 * 64, 4)
+    graph = prepare(TiedPair(), images(12), settings).graph
+    assert layers_at_common_bits(graph, settings) == ["first", "second", "third"]
+    fixed = settings.with_settings(layers=[{"pattern": "second", "weight_bits": 5}])
+    assert layers_at_common_bits(graph, fixed) == ["third"]
+
+
+def test_frames_of_a_clip_stay_together() -> None:
+    class Clips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frame, self.middle, self.clip = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            frames = self.middle(self.frame(x).mean((2, 3)).relu())
+            clips = frames.view(-1, 4, 4).mean(1, keepdim=True).expand(-1, 4, 4).reshape(-1, 4)
+            return self.clip(clips + frames)
+
+    found = measure_sensitivity(Clips().eval(), images(16), recipe("nearest"), bits=())
+    assert (found.images, [row.macs for row in found.layers]) == (4, [4 * 27 * 36, 16, 8])
+    with pytest.raises(DataError, match="4 images together; give a multiple of 4"):
+        measure_sensitivity(Clips().eval(), images(20), recipe("nearest"), bits=())
 
 
 def test_float_activations_leave_the_weight_alone() -> None:

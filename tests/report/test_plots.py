@@ -48,8 +48,8 @@ def test_figures_scale_and_speak(result):
 
 def test_sensitivities_are_told_by_layer_and_bits():
     rows = [
-        LayerSensitivity("stem", 10, 10, 8, 8, 1e-5, 0.0, {2: 0.1, 8: 0.0}),
-        LayerSensitivity("a$b", 10, 10, 2, 4, 0.2, 0.1, {2: 0.15}),
+        LayerSensitivity("stem", (), 10, 10, 8, 8, 1e-5, 0.0, {2: 0.1, 8: 0.0}),
+        LayerSensitivity("a$b", (), 10, 10, 2, 4, 0.2, 0.1, {2: 0.15}),
     ]
     svg = plots.sensitivities(Sensitivity(rows, 4, 12, 3.0, 1.0, {}))
     assert {"stem", "a$b", "weight alone, 2 bits", "weight alone, 8 bits"} <= set(texts(svg))

@@ -49,15 +49,16 @@ def weight_layers(gm: fx.GraphModule) -> dict[str, fx.Node]:
 def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.Node, Annotation]:
     """Return what each tensor is to be quantized to: weights (get_attr nodes) and activations (all others).
 
-    A tensor that feeds several layers, or a weight of several, takes the largest bits that any of them asks for. What a backend quantizes beyond
-    the inputs of layers takes the bits of activations, and the bits of both ends where the network returns it.
+    A tensor that feeds several layers, or a weight of several, takes the largest bits that any of them asks for. What a
+    backend quantizes beyond the inputs of layers takes the bits of activations, and the bits of both ends where the
+    network returns it.
 
     Layers of :func:`float_layers` are left alone, and so are their inputs where nothing else asks for these. The first
     and the last layer are those of the network, left float or not: leaving one float changes no other one's bits.
 
     Raises:
         ModelError: there is no weight layer that can be quantized.
-        RecipeError: an override fits no layer.
+        RecipeError: an override fits no layer, or leaves float one of several layers that share a weight.
     """
     layers, left = weight_layers(gm), float_layers(gm, backend, recipe)
     if not layers:
@@ -92,23 +93,39 @@ def float_layers(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[s
     """Return the weight layers that stay float, in topological order, with the reason of each.
 
     Raises:
-        RecipeError: an override fits no layer.
+        RecipeError: an override fits no layer, or leaves float one of several layers that share a weight.
     """
     layers = weight_layers(gm)
     overrides = _overrides(layers, recipe.layers)
     reasons = {name: _why_float(layer, overrides.get(name), backend) for name, layer in layers.items()}
+    for group in weight_groups(layers):
+        first, *others = sorted(group, key=lambda name: not reasons[name])
+        if others and reasons[first] and not reasons[others[-1]]:
+            raise RecipeError(
+                f"layers: {first} is left float, and {others[-1]}, which has the same weight, is not; "
+                "leave both float, or neither."
+            )
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def weight_groups(layers: dict[str, fx.Node]) -> list[list[str]]:
+    """Return the names of ``layers``, those that share a weight together, in topological order."""
+    groups: dict[fx.Node, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(weight_node(layer), []).append(name)
+    return list(groups.values())
 
 
 def layers_at_common_bits(gm: fx.GraphModule, recipe: Recipe) -> list[str]:
     """Return the quantized weight layers whose bits are ``weights.bits``: neither end, and none with an override.
 
-    ``gm`` holds fake-quantizers.
+    Nor those that share a weight with such a layer. ``gm`` holds fake-quantizers.
     """
     layers = weight_layers(gm)
-    overrides = {name for name, o in _overrides(layers, recipe.layers).items() if o.weight_bits is not None}
-    inner = list(layers)[1:-1]
-    return [name for name in inner if name not in overrides and weight_quantizer(gm, layers[name]) is not None]
+    given = {name for name, o in _overrides(layers, recipe.layers).items() if o.weight_bits is not None}
+    given |= {*list(layers)[:1], *list(layers)[-1:]}
+    groups = [group for group in weight_groups(layers) if weight_quantizer(gm, layers[group[0]]) is not None]
+    return [name for group in groups if not given.intersection(group) for name in group]
 
 
 def weight_quantizer(gm: fx.GraphModule, layer: fx.Node) -> WeightFakeQuantize | None:

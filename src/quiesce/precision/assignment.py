@@ -80,14 +80,18 @@ def mixed_precision(
         RecipeError: as :func:`choose`.
     """
     chosen = choose(sensitivity, free, budget, bits)
-    overrides = [LayerOverride(pattern=escape(name), weight_bits=b) for name, b in chosen.items()]
     rows = {row.layer: row for row in sensitivity.layers}
+    overrides = [
+        LayerOverride(pattern=escape(shared), weight_bits=b)
+        for name, b in chosen.items()
+        for shared in (name, *rows[name].shared_with)
+    ]
     cost = sum(budget.cost(rows[name], b, name in free) for name, b in chosen.items())
     return MixedPrecision(
         recipe=replace(recipe, name=f"{recipe.name}, mixed bits", layers=(*recipe.layers, *overrides)),
         bits=chosen,
         error=sum(rows[name].weight_errors[b] for name, b in chosen.items()),
-        cost=budget.show(cost, sum(rows[name].weights for name in free)),
+        cost=budget.show(cost, sum(row.weights for row in sensitivity.layers if row.layer in free)),
         sensitivity=sensitivity,
     )
 

@@ -19,7 +19,7 @@ from quiesce.errors import ModelError
 from quiesce.graph.bias import input_quantizer
 from quiesce.graph.calibrate import set_weight
 from quiesce.graph.ops import WEIGHT_OPS, input_node, is_weight_op, weight_node
-from quiesce.graph.place import weight_layers, weight_quantizer
+from quiesce.graph.place import weight_groups, weight_layers, weight_quantizer
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, float_mode
 from quiesce.recipe import Recipe
@@ -31,14 +31,16 @@ class LayerSensitivity:
     """Errors E‖ŷ − y‖² / E‖y‖² of the network's outputs when this layer alone is quantized, to nearest."""
 
     layer: str
+    shared_with: tuple[str, ...]
+    """Further layers that have the same weight, and are quantized with this one."""
     weights: int
     """Values of its weight."""
     macs: int
-    """Multiplications and additions for one image."""
+    """Multiplications for one image, and as many additions."""
     weight_bits: int
     """By the recipe."""
     input_bits: int | None
-    """By the recipe; None is float."""
+    """By the recipe, the most of those that share the weight; None is float."""
     error: float
     """Of weight and input together, as the recipe has them."""
     input_error: float
@@ -99,12 +101,12 @@ def layer_sensitivities(
         ModelError: the network, or what a single quantized layer makes of it, returns NaN or infinite values.
     """
     network, batch = Network(gm), recipe.calibration_batch
-    layers = [
-        _Layer.find(network, name, node) for name, node in weight_layers(gm).items() if weight_quantizer(gm, node)
-    ]
+    nodes = weight_layers(gm)
+    groups = [group for group in weight_groups(nodes) if weight_quantizer(gm, nodes[group[0]])]
+    layers = [_Layer.find(network, {name: nodes[name] for name in group}) for group in groups]
     trials = sorted((t for layer in layers for t in layer.trials(bits)), key=lambda trial: trial.start)
     progress.plan(len(trials))
-    macs = multiplications(gm, inputs)
+    macs = multiplications(gm, {name: tensor[:batch] for name, tensor in inputs.items()})
     errors: dict[tuple[str, int | None, bool], float] = {}
     with float_mode(gm):
         reference = network.run(0, network.end, inputs, batch, quantized=True)
@@ -126,46 +128,54 @@ def layer_sensitivities(
             progress.tick()
     images = next(iter(inputs.values())).shape[0]
     passes = network.executions / (network.end * -(-images // batch))
-    return [layer.summary(errors, macs[layer.name]) for layer in layers], passes
+    return [layer.summary(errors, sum(macs[name] for name in layer.names)) for layer in layers], passes
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A quantized layer: what quantizes it, and where it begins."""
+    """A quantized layer, with those that share its weight: what quantizes them, and where they begin."""
 
-    name: str
+    names: tuple[str, ...]
     place: int
-    """Position of its node."""
+    """Position of its node, or of the first of them."""
     weight: WeightFakeQuantize
     weight_name: str
-    source: ActivationFakeQuantize | None
-    source_place: int
-    """Position of the quantizer of its input, or its own."""
+    sources: list[ActivationFakeQuantize]
+    sources_place: int
+    """Position of the first quantizer of their inputs, or ``place``."""
 
     @classmethod
-    def find(cls, network: Network, name: str, node: fx.Node) -> _Layer:
-        gm = network.gm
-        weight, source = weight_quantizer(gm, node), input_quantizer(gm, node)
+    def find(cls, network: Network, nodes: dict[str, fx.Node]) -> _Layer:
+        gm, (first, *_) = network.gm, nodes.values()
+        weight = weight_quantizer(gm, first)
         assert weight is not None
-        place = network.nodes.index(node)
-        places = [i for i, n in enumerate(network.nodes) if n.op == "call_module" and _module(gm, n) is source]
-        return cls(name, place, weight, str(weight_node(node).all_input_nodes[0].target), source, min([*places, place]))
+        quantizers = [input_quantizer(gm, node) for node in nodes.values()]
+        sources = list(dict.fromkeys(q for q in quantizers if q is not None))
+        place = min(network.nodes.index(node) for node in nodes.values())
+        places = [i for i, n in enumerate(network.nodes) if n.op == "call_module" and _module(gm, n) in sources]
+        weight_name = str(weight_node(first).all_input_nodes[0].target)
+        return cls(tuple(nodes), place, weight, weight_name, sources, min([*places, place]))
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
     def trials(self, bits: Collection[int]) -> Iterator[_Trial]:
         for number in sorted({*bits, self.weight.spec.bits}):
             yield _Trial(self, self.place, number, False)
-        if self.source is not None:
-            yield _Trial(self, self.source_place, None, True)
-            yield _Trial(self, self.source_place, self.weight.spec.bits, True)
+        if self.sources:
+            yield _Trial(self, self.sources_place, None, True)
+            yield _Trial(self, self.sources_place, self.weight.spec.bits, True)
 
     def summary(self, errors: dict[tuple[str, int | None, bool], float], macs: int) -> LayerSensitivity:
-        own, quantized = self.weight.spec.bits, self.source is not None
+        own, quantized = self.weight.spec.bits, bool(self.sources)
         return LayerSensitivity(
             layer=self.name,
+            shared_with=self.names[1:],
             weights=self.weight.quantized.numel(),
             macs=macs,
             weight_bits=own,
-            input_bits=None if self.source is None else self.source.spec.bits,
+            input_bits=max((source.spec.bits for source in self.sources), default=None),
             error=errors[self.name, own, quantized],
             input_error=errors[self.name, None, True] if quantized else 0.0,
             weight_errors={b: e for (name, b, inputs), e in errors.items() if name == self.name and b and not inputs},
@@ -184,19 +194,19 @@ class _Trial:
 @contextmanager
 def _alone(gm: fx.GraphModule, trial: _Trial, recipe: Recipe) -> Iterator[None]:
     """Within the block, what the trial quantizes is on; all else is off already."""
-    weight, source = trial.layer.weight, trial.layer.source
+    weight, sources = trial.layer.weight, trial.layer.sources
     spec, state = weight.spec, [(t, t.clone()) for t in (weight.scale, weight.zero_point, weight.quantized)]
     if trial.bits is not None and trial.bits != spec.bits:
         weight.spec = replace(spec, bits=trial.bits)
         set_weight(weight, getattr(gm, trial.layer.weight_name), recipe)
     weight.enabled = trial.bits is not None
-    if source is not None:
+    for source in sources:
         source.enabled = trial.with_input
     try:
         yield
     finally:
         weight.enabled, weight.spec = False, spec
-        if source is not None:
+        for source in sources:
             source.enabled = False
         for tensor, before in state:
             tensor.copy_(before)
@@ -208,11 +218,10 @@ def _module(gm: fx.GraphModule, node: fx.Node) -> Any:
 
 @torch.no_grad()
 def multiplications(gm: fx.GraphModule, inputs: Tensors) -> dict[str, int]:
-    """Return each weight layer's multiplications (and as many additions) for one image, by running a few."""
-    few = {name: tensor[:2] for name, tensor in inputs.items()}
+    """Return each weight layer's multiplications (and as many additions) for one image, by running ``inputs``."""
     counter = _Multiplications(gm)
-    counter.run(*few.values())
-    images = next(iter(few.values())).shape[0]
+    counter.run(*inputs.values())
+    images = next(iter(inputs.values())).shape[0]
     return {name: counter.found[node] // images for name, node in weight_layers(gm).items()}
 
 
