@@ -13,7 +13,7 @@ from quiesce.quant.rounding import ROUNDINGS
 from quiesce.recipe import BACKENDS as BACKEND_NAMES
 from quiesce.recipe import ROUNDING_NAMES
 
-HEAVY = {"timm", "torchvision", "matplotlib", "jinja2", "onnx", "rich", "typer", "PIL"}
+HEAVY = {"timm", "torchvision", "matplotlib", "jinja2", "onnx", "rich", "typer", "PIL", "scipy"}
 
 
 def test_import_is_light() -> None:
@@ -36,6 +36,7 @@ FLOORS = (
     {"graph"},
     {"oscillation"},
     {"reconstruct"},
+    {"precision"},
     {"export", "report"},
     {"pipeline", ""},
     {"detection", "weights", "models", "demo", "cli"},

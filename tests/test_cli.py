@@ -1,3 +1,4 @@
+import ctypes
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from quiesce.cli import app, main, read_recipe, results_table
+from quiesce.cli import _stdout_to_stderr, app, main, read_recipe, results_table
 from quiesce.errors import RecipeError
 from quiesce.recipe import GRANULARITIES, PRESETS, Recipe
 from quiesce.result import Result, Run
@@ -161,6 +162,19 @@ class TestQuantize:
         code, out, err = command("evaluate", "out", "--data", "photos")
         assert code == 0, err
         assert result.run.top1 is not None and f"{result.run.top1:.2f}" in out
+
+    def test_layers_left_float_are_counted_with_their_reason(self, place: Path, command: Command) -> None:
+        chosen = ("--preset", "nearest", "--leave-float", "type:linear", "--leave-float", "[35]")
+        code, out, err = command(*QUANTIZE, *chosen, "--out", "out")
+        assert code == 0, err
+        assert "1 weight layer is left float, as the recipe asks for it (type:linear): 9\n" in out
+        assert "2 weight layers are left float, as the recipe asks for it ([35]): 3, 5\n" in out
+        assert "3, 5" in (place / "out" / "report.html").read_text()
+        assert list(Result.read(place / "out" / "result.json").float_layers) == ["3", "5", "9"]
+        code, out, err = command("analyze", "cli_source:net", "--input-shape", "3,8,8", *chosen[2:])
+        assert code == 0 and "2 weight layers are left float" in out
+        code, out, err = command(*QUANTIZE, "--leave-float", "Linear", "--out", "other")
+        assert code == 1 and "error: layers: pattern 'Linear' fits no weight layer" in err
 
     def test_progress_goes_to_stderr_and_the_table_to_stdout(self, place: Path, command: Command) -> None:
         settings = ("--preset", "brecq-fast", "--steps", "2", "--set", "batch_size=4")
@@ -357,6 +371,91 @@ class TestAnalyze:
         code, _, err = command("analyze", "cli_source:net", "--input-shape", "3,8,8", "--granularity", "loss")
         assert code == 1 and "'loss' needs optimization" in err
 
+    def test_sensitivities_as_table_figure_and_numbers(self, place: Path, command: Command) -> None:
+        data = ("--sensitivity", "--calibration", "cli_source:images", "--images", "40")
+        chosen = ("--weight-bits", "3", "--bits", "2,5", "--json", "a.json", "--figure", "a.svg")
+        code, out, err = command("analyze", "cli_source:net", *data, *chosen)
+        assert code == 0, err
+        found = json.loads((place / "a.json").read_text())["sensitivity"]
+        assert [row["layer"] for row in found["layers"]] == ["0", "3", "5", "9"]
+        assert [list(row["weight_errors"]) for row in found["layers"][:2]] == [["2", "5", "8"], ["2", "3", "5"]]
+        assert found["images"] == 10 and found["calibration_images"] == 30
+        ranked = [row["layer"] for row in sorted(found["layers"], key=lambda row: -row["error"])]
+        assert re.findall(r"^│ (\d) +│ +\d+ │ +\d/4|^│ (\d) +│ +\d+ │ +8/8", out, re.M)
+        assert [
+            re.search(r"\d", line)[0] for line in out.splitlines() if re.match(r"│ \d .* │ +\d/\d │", line)
+        ] == ranked
+        assert "forward passes over these images" in out and "100%" in err
+        assert (place / "a.svg").read_text().startswith("<svg ")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--sensitivity",), "--sensitivity, --calibration and --figure go together"),
+            (("--calibration", "cli_source:images"), "go together"),
+            (("--figure", "a.svg"), "go together"),
+            (("--sensitivity", "--calibration", "cli_source:images", "--bits", "1"), "the number of bits is 1"),
+            (
+                ("--sensitivity", "--calibration", "cli_source:images", "--bits", "a"),
+                "--bits is 'a'; give whole numbers",
+            ),
+            (("--sensitivity", "--calibration", "none"), "calibration data 'none' is not there"),
+            (
+                ("--sensitivity", "--calibration", "cli_source:images", "--figure", "no/a.svg"),
+                "folder .*no is not there",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_a_sensitivity(
+        self, place: Path, command: Command, arguments: tuple[str, ...], message: str
+    ) -> None:
+        code, _, err = command("analyze", "cli_source:net", "--input-shape", "3,8,8", *arguments)
+        assert code == 1 and re.search(rf"^error: .*{message}", err, re.M)
+        assert not list(place.glob("*.svg"))
+
+
+class TestMixed:
+    def test_what_libraries_print_in_c_goes_to_stderr(self, capfd: pytest.CaptureFixture[str]) -> None:
+        with _stdout_to_stderr():
+            ctypes.CDLL(None).printf(b"repairing\n")
+        sys.stdout.write("table\n")
+        assert capfd.readouterr() == ("table\n", "repairing\n")
+
+    @pytest.mark.parametrize("budget", ["3", "250B", "0.25kB", "2.5MBOP"])
+    def test_bits_are_chosen_and_stored_in_the_recipe(self, place: Path, command: Command, budget: str) -> None:
+        pytest.importorskip("scipy")
+        chosen = ("--preset", "nearest", "--mixed", budget, "--mixed-bits", "2,3,4")
+        code, out, err = command(*QUANTIZE, *chosen, "--out", "out")
+        assert code == 0, err
+        assert "Chosen bits: " in out and "nearest, mixed bits" in out
+        recipe = Recipe.from_toml(place / "out" / "recipe.toml")
+        assert [o.pattern for o in recipe.layers] == ["0", "3", "5", "9"]
+        assert {o.weight_bits for o in recipe.layers[1:3]} <= {2, 3, 4}
+        code, _, err = command(*QUANTIZE, "--recipe", "out/recipe.toml", "--out", "again")
+        assert code == 0, err
+        files = [(place / folder / "quantized.safetensors").read_bytes() for folder in ("out", "again")]
+        assert files[0] == files[1]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--mixed", "three"), "--mixed is 'three'; give mean bits such as 3"),
+            (("--mixed", "3kb"), "--mixed is '3kb'"),
+            (("--mixed", "3M"), "--mixed is '3M'"),
+            (("--mixed", "1.5"), "budget of 1.5 bits a weight is too small: 2 bits .* take 2 bits a weight"),
+            (("--mixed", "0"), "a number above 0"),
+            (("--mixed-bits", "2,3"), "give --mixed too"),
+            (("--mixed", "3", "--mixed-bits", "2,9"), "the number of bits is 9"),
+        ],
+    )
+    def test_budgets_that_can_not_be_kept(
+        self, place: Path, command: Command, arguments: tuple[str, ...], message: str
+    ) -> None:
+        pytest.importorskip("scipy")
+        code, _, err = command(*QUANTIZE, *arguments, "--out", "out")
+        assert code == 1 and re.search(rf"^error: .*{message}", err, re.M), err
+        assert not (place / "out").exists()
+
 
 class TestReadRecipe:
     def test_qdrop_unless_told(self) -> None:
@@ -369,6 +468,14 @@ class TestReadRecipe:
         settings = ["weight_bits=3", "steps=6"]
         recipe = read_recipe(tmp_path / "r.toml", None, settings, weight_bits=5, granularity=None)
         assert recipe == Recipe.preset("brecq", seed=1, weight_bits=5, steps=6)
+
+    def test_layers_are_left_float_by_settings_and_options_alike(self, tmp_path: Path) -> None:
+        expected = Recipe.preset("qdrop", leave_float=["a", "type:Conv2d"])
+        assert read_recipe(None, None, ['leave_float=["a", "type:Conv2d"]']) == expected
+        assert read_recipe(None, None, [], leave_float=["a", "type:Conv2d"]) == expected
+        assert read_recipe(None, None, ["leave_float=a"]) == Recipe.preset("qdrop", leave_float="a")
+        (tmp_path / "r.toml").write_text(expected.to_toml())
+        assert read_recipe(tmp_path / "r.toml", None, []) == expected
 
     def test_a_backend_brings_its_settings_also_to_a_file_with_every_setting(self, tmp_path: Path) -> None:
         expected = Recipe.preset("qdrop", backend="onnxruntime")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import quiesce
 from quiesce import Recipe, Result
 from quiesce.data import Samples
 from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
-from quiesce.pipeline import analyze, prepare, run
+from quiesce.pipeline import analyze, choose_bits, prepare, run
+from quiesce.quant.fake_quantize import fake_quantizers
 from quiesce.recipe import PRESETS
-from tiny import Chain
+from tiny import Assorted, Chain, TiedPair
 from tiny import recipe as small
 
 QUICK = {"steps": 4, "batch_size": 8}
@@ -79,6 +81,79 @@ def test_without_evaluation_data_nothing_is_measured() -> None:
     made = quiesce.quantize(Chain(1), X, recipe("nearest")).result
     assert made.float["top1"] is None
     assert (made.run.top1, made.run.agreement, made.run.sqnr_db) == (None, None, None)
+
+
+def test_layers_left_float_are_told_with_the_reason_of_each(tmp_path: Path) -> None:
+    chosen = small(leave_float=["stem", "type:Squeeze"])
+    network = quiesce.quantize(Assorted(), X, chosen, evaluate=X)
+    squeezes = [f"blocks.{i}.{name}" for i in (1, 3) for name in ("down", "up")]
+    expected = {"stem": "the recipe asks for it (stem)"}
+    expected |= dict.fromkeys(squeezes, "the recipe asks for it (type:Squeeze)")
+    expected |= {"conv2d_9": "its weight is computed from the input"}
+    assert network.result.float_layers == expected
+    assert prepare(Assorted(), X, chosen).float_layers == expected
+    assert analyze(Assorted(), Samples((X[:2],)), chosen).float_layers == expected
+    network.save(tmp_path / "out")
+    loaded = quiesce.load(tmp_path / "out")
+    assert loaded.result.float_layers == expected
+    assert torch.equal(loaded(X), network(X))
+    assert not quiesce.quantize(Chain(1), X, recipe("nearest")).result.float_layers
+
+
+def test_a_network_left_float_but_for_one_layer_answers_like_float() -> None:
+    names = ["stem", "blocks.0.*", "blocks.1.conv1", "blocks.1.conv2"]
+    chosen = small(weight_first_last_bits=8, activation_first_last_bits=8, leave_float=names)
+    sqnr = quiesce.quantize(Chain(2), X, chosen, evaluate=X).result.run.sqnr_db
+    assert sqnr is not None and sqnr > 35
+
+
+@pytest.mark.parametrize("budget", [{"average_bits": 3}, {"size": 1800}, {"bops": 4.5e6}])
+def test_chosen_bits_are_those_of_the_network_and_of_its_recipe(budget: dict[str, float], tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    base = small("qdrop", granularity="modcap", layers=[{"pattern": "blocks.1.conv2", "weight_bits": 5}])
+    made = choose_bits(Chain(2), X, base, **budget)
+    assert list(made.bits) == ["stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "head"]
+    assert (made.bits["stem"], made.bits["blocks.1.conv2"], made.bits["head"]) == (8, 5, 8)
+    free = [made.bits[name] for name in list(made.bits)[1:4]]
+    assert max(free) > min(free) or free == [3, 3, 3]
+    sizes = {row.layer: row.weights * made.bits[row.layer] for row in made.sensitivity.layers}
+    if "average_bits" in budget:
+        assert sum(free) <= 9
+    if "size" in budget:
+        assert sum(sizes.values()) <= 8 * 1800
+    network = quiesce.quantize(Chain(2), X, made.recipe)
+    network.save(tmp_path / "out")
+    stored = [q.spec.bits for q in fake_quantizers(quiesce.load(tmp_path / "out")).values() if hasattr(q, "quantized")]
+    assert stored == list(made.bits.values())
+    # Capacities follow the bits, and the stored recipe repeats the run.
+    assert network.result.run.capacities["blocks.0"] == sizes["blocks.0.conv1"] + sizes["blocks.0.conv2"]
+    again = quiesce.quantize(Chain(2), X, Recipe.from_toml(tmp_path / "out" / "recipe.toml"))
+    assert torch.equal(again(X), network(X))
+
+
+def test_one_weight_of_two_layers_gets_one_number_of_bits() -> None:
+    pytest.importorskip("scipy")
+    made = choose_bits(TiedPair(), X, small("nearest", weight_bits=6), average_bits=3)
+    assert list(made.bits) == ["stem", "first", "third", "head"] and made.bits["first"] < 6
+    network = quiesce.quantize(TiedPair(), X, made.recipe)
+    stored = [q.spec.bits for q in fake_quantizers(network).values() if hasattr(q, "quantized")]
+    assert stored == list(made.bits.values())
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ModelError, match=r"scipy is not installed.*quiesce\[mixed\]"):
+        choose_bits(Chain(1), X, recipe(), average_bits=3)
+
+
+def test_what_can_not_be_chosen_is_refused_early() -> None:
+    pytest.importorskip("scipy")
+    with pytest.raises(RecipeError, match="a budget is one of"):
+        choose_bits(Chain(1), X, recipe(), size=3, bops=3)
+    with pytest.raises(RecipeError, match="backend 'tensorrt' demands one number of bits"):
+        choose_bits(Chain(1), X, recipe(backend="tensorrt"), average_bits=3)
+    with pytest.raises(RecipeError, match="the number of bits is 9"):
+        choose_bits(Chain(1), X, recipe(), average_bits=3, bits=(2, 9))
 
 
 def test_calibration_may_come_in_any_form() -> None:

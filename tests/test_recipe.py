@@ -98,6 +98,25 @@ class TestSettings:
         with pytest.raises(RecipeError, match=f"setting '{wrong}' is unknown. Did you mean '{right}'"):
             Recipe.preset("qdrop", **{wrong: 2})
 
+    def test_layers_to_leave_float(self) -> None:
+        left = [LayerOverride(pattern=p, leave_float=True) for p in ("a", "type:Conv2d", "b")]
+        recipe = Recipe.preset("qdrop", leave_float=["a", "type:Conv2d"])
+        assert recipe.layers == tuple(left[:2])
+        assert recipe.with_settings(leave_float="b").layers == tuple(left)
+        assert Recipe.preset("qdrop", layers=left[:1], leave_float=("b",)).layers == (left[0], left[2])
+        assert recipe.with_settings(leave_float=[]) == recipe
+
+    @pytest.mark.parametrize("patterns", [3, [3], True, {"a": 1}])
+    def test_patterns_are_texts(self, patterns: Any) -> None:
+        with pytest.raises(RecipeError, match=r"leave_float is|layers.pattern is 3; give a text"):
+            Recipe.preset("qdrop", leave_float=patterns)
+
+    def test_a_float_layer_has_no_bits(self) -> None:
+        with pytest.raises(
+            RecipeError, match=r"layers\['fc'\] has leave_float and weight_bits; a layer left float has"
+        ):
+            LayerOverride(pattern="fc", leave_float=True, weight_bits=4)
+
     def test_nearest_has_no_granularity(self) -> None:
         with pytest.raises(RecipeError, match="setting of granularity, which recipe 'nearest' does not have"):
             Recipe.preset("nearest", granularity="block")
@@ -289,7 +308,8 @@ class TestToml:
         rate=st.floats(1e-300, 1e300, exclude_min=True),
         scheme=st.lists(st.lists(st.text("ab.0\"'\\\n", min_size=1)), min_size=1),
         layers=st.lists(
-            st.builds(LayerOverride, pattern=st.text('a*[]"\\'), weight_bits=st.none() | st.integers(2, 8))
+            st.builds(LayerOverride, pattern=st.text('a*[]:"\\'), weight_bits=st.none() | st.integers(2, 8))
+            | st.builds(LayerOverride, pattern=st.text("type:a*"), leave_float=st.booleans())
         ),
     )
     def test_any_recipe_round_trips(

@@ -60,6 +60,57 @@ class Chain(nn.Module):
         return logits
 
 
+class Squeeze(nn.Module):
+    """Squeeze-and-excitation: scales channels by what two 1 × 1 convolutions make of their means."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True)))))
+
+
+class Assorted(nn.Module):
+    """A stem, two residual blocks, squeeze-and-excitation behind each, a convolution whose weight a linear layer makes
+    from the input, and a head: logits [N, 5] of images [N, 3, 8, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+            self.blocks = nn.Sequential(Residual(8), Squeeze(8), Residual(8), Squeeze(8))
+            self.make, self.head = nn.Linear(8, 8 * 9), nn.Linear(8, 5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks(torch.relu(self.stem(x)))
+        weight = self.make(y.mean((0, 2, 3))).view(8, 1, 3, 3)
+        y = y + torch.relu(nn.functional.conv2d(y, weight, padding=1, groups=8))
+        logits: Tensor = self.head(y.mean((2, 3)))
+        return logits
+
+
+class TiedPair(nn.Module):
+    """A stem, two convolutions of two modules with one weight, a third of its own, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.stem, self.first = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+            self.second, self.third = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+            self.head = nn.Linear(6, 5)
+        self.second.weight = self.first.weight
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.relu(self.first(torch.relu(self.stem(x)))))
+        logits: Tensor = self.head(torch.relu(self.third(torch.relu(y))).mean((2, 3)))
+        return logits
+
+
 def images(count: int = 32, seed: int = 1, size: int = 8, channels: int = 3) -> Tensor:
     """Random images [count, channels, size, size]."""
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))

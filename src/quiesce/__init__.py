@@ -1,8 +1,17 @@
 """Quiesce: post-training quantization to 2-4 bits that measures reconstruction oscillation and removes it."""
 
 from quiesce.errors import QuiesceError
-from quiesce.pipeline import QuantizedModel, load, quantize
+from quiesce.pipeline import QuantizedModel, choose_bits, load, measure_sensitivity, quantize
 from quiesce.recipe import Recipe
 from quiesce.result import Result
 
-__all__ = ["QuantizedModel", "QuiesceError", "Recipe", "Result", "load", "quantize"]
+__all__ = [
+    "QuantizedModel",
+    "QuiesceError",
+    "Recipe",
+    "Result",
+    "choose_bits",
+    "load",
+    "measure_sensitivity",
+    "quantize",
+]

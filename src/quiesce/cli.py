@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import re
 import sys
 import tomllib
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from quiesce.export.inspect import Inventory
     from quiesce.export.parity import Parity
     from quiesce.pipeline import Analysis, QuantizedModel
+    from quiesce.precision.assignment import MixedPrecision
+    from quiesce.precision.sensitivity import Sensitivity
     from quiesce.preprocess import Preprocessing
     from quiesce.result import Result, Run
 
@@ -73,6 +77,15 @@ Preset = Annotated[
 ]
 WeightBits = Annotated[int | None, _option("Bits of weights, 2-8.", "N", panel=_RECIPE, show_default="4")]
 ActivationBits = Annotated[str | None, _option("Bits of activations, 2-8.", "N|float", panel=_RECIPE, show_default="4")]
+LeaveFloat = Annotated[
+    list[str] | None,
+    _option(
+        "Layers not to quantize, by a pattern of names or of types (type:Linear). Repeatable.",
+        "PATTERN",
+        "--leave-float",
+        panel=_RECIPE,
+    ),
+]
 BackendName = Annotated[
     str | None,
     _option(f"What is quantized where: {', '.join(BACKENDS)}.", "NAME", panel=_RECIPE, show_default="academic"),
@@ -96,6 +109,32 @@ RecipeSeed = Annotated[
 Settings = Annotated[
     list[str] | None,
     _option("Any key of a recipe file, such as granularity.k=3. Repeatable.", "KEY=VALUE", "--set", panel=_RECIPE),
+]
+
+Sensitivities = Annotated[
+    bool, _option("Rank layers by the output error that quantizing each alone causes.", None, "--sensitivity")
+]
+SensitivityImages = Annotated[
+    str | None, _option(f"For --sensitivity: images, labels unused: {_DATA}.", "DATA", "--calibration")
+]
+SensitivityCount = Annotated[
+    int, _option("Most images to use; errors are measured on a quarter of them.", "N", "--images", min=2)
+]
+TriedBits = Annotated[str, _option("For --sensitivity: bits to try each weight at alone.", "N,N,…", "--bits")]
+Figure = Annotated[Path | None, _option("Draw the sensitivities there, as SVG.", "FILE", "--figure")]
+Mixed = Annotated[
+    str | None,
+    _option(
+        "Choose the weight bits of each layer for a budget: mean bits (3), bytes of the weights (1.2MB), or bit "
+        "operations for an image (20GBOP).",
+        "BUDGET",
+        "--mixed",
+        panel=_RECIPE,
+    ),
+]
+MixedBits = Annotated[
+    str | None,
+    _option("Bits that --mixed chooses from.", "N,N,…", "--mixed-bits", panel=_RECIPE, show_default="2,3,4,5,6,7,8"),
 ]
 
 ExportForm = Annotated[str, _option(f"{', '.join(EXPORT_OPTIONS)}.", "NAME", "--format")]
@@ -180,6 +219,9 @@ def quantize(
     recipe: RecipeFile = None,
     weight_bits: WeightBits = None,
     activation_bits: ActivationBits = None,
+    leave_float: LeaveFloat = None,
+    mixed: Mixed = None,
+    mixed_bits: MixedBits = None,
     backend: BackendName = None,
     granularity: Granularity = None,
     steps: Steps = None,
@@ -209,14 +251,17 @@ def quantize(
         settings or [],
         weight_bits=weight_bits,
         activation_bits=activation_bits,
+        leave_float=leave_float,
         backend=backend,
         granularity=granularity,
         steps=steps,
         seed=seed,
     )
+    budget = _budget(mixed, mixed_bits)
     place = _device(device)
     preparation = _preprocessing_options(resize, crop, mean, std, interpolation)
 
+    from quiesce import choose_bits
     from quiesce import quantize as quantize_model
     from quiesce.data import load_data
     from quiesce.models import load_model
@@ -229,6 +274,11 @@ def quantize(
     test = None
     if evaluate is not None:
         test = load_data(evaluate, preprocessing, limit=evaluate_images, seed=chosen.seed, what="evaluation")
+    if budget:
+        with _progress() as progress, _stdout_to_stderr():
+            made = choose_bits(loaded.model, samples, chosen, **budget, device=place, progress=progress)
+        chosen = made.recipe
+        _print(_mixed_table(made))
     with _progress() as progress:
         quantized = quantize_model(
             loaded.model,
@@ -287,40 +337,93 @@ def analyze(
     input_shape: InputShape = None,
     recipe: RecipeFile = None,
     weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    leave_float: LeaveFloat = None,
     granularity: CapacityGranularity = None,
     settings: Settings = None,
+    sensitivity: Sensitivities = False,
+    calibration: SensitivityImages = None,
+    images: SensitivityCount = 256,
+    bits: TriedBits = "2,4,8",
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    weights: Weights = None,
+    weights_by_order: WeightsByOrder = False,
     trust: Trust = False,
+    device: Device = None,
     json_file: Json = None,
+    figure: Figure = None,
 ) -> None:
     """Show the blocks of MODEL, their capacities, and the merges these imply, without optimizing anything.
 
-    Capacities depend on shapes and bits only, so no pretrained weights are loaded.
+    Capacities depend on shapes and bits only, so pretrained weights are loaded for --sensitivity alone.
     """
     if granularity not in (None, "modcap", "scheme"):
         raise RecipeError(f"--granularity {granularity!r} needs optimization; analyze takes modcap or scheme.")
     method = granularity if granularity or recipe else "modcap"
-    chosen = read_recipe(recipe, None, settings or [], weight_bits=weight_bits, granularity=method)
+    chosen = read_recipe(
+        recipe,
+        None,
+        settings or [],
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        leave_float=leave_float,
+        granularity=method,
+    )
     given = _numbers("--input-shape", input_shape, int)
     if given is not None and min(given) < 1:
         raise DataError(f"--input-shape is {input_shape!r}; give numbers above 0, without the batch.")
 
+    tried = _numbers("--bits", bits, int)
+    preparation = _preprocessing_options(resize, crop, mean, std, interpolation)
+    if sensitivity != (calibration is not None) or (figure is not None and not sensitivity):
+        raise DataError("--sensitivity, --calibration and --figure go together: give the first two, or none of them.")
+    place = _device(device)
+
     import torch
 
-    from quiesce.data import Samples
+    from quiesce import measure_sensitivity
+    from quiesce.data import Samples, load_data
     from quiesce.models import RANDOM, load_model
-    from quiesce.outputs import write_text
+    from quiesce.outputs import check_new, write_text
     from quiesce.pipeline import analyze as analyze_model
+    from quiesce.preprocess import override
+    from quiesce.report.plots import sensitivities
 
+    for path in (json_file, figure):
+        if path is not None:
+            check_new(path, force=True)
     library = model.startswith(("timm:", "torchvision:"))
-    loaded = load_model(model, weights=RANDOM if library else None, trust=trust)
+    weights = RANDOM if library and not sensitivity else weights
+    loaded = load_model(model, weights=weights, by_order=weights_by_order, trust=trust)
+    samples = None
+    if calibration is not None:
+        preprocessing = override(loaded.preprocessing, **preparation)
+        samples = load_data(calibration, preprocessing, limit=images, seed=chosen.seed)
     shape = given or loaded.input_shape
-    if shape is None:
+    if samples is None and shape is None:
         raise DataError(f"the input shape of {loaded.name} is not known; give --input-shape, such as 3,224,224.")
-    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    analysis = analyze_model(loaded.model, Samples((example,)), chosen)
-    if json_file is not None:
-        write_text(json_file, json.dumps(asdict(analysis), indent=2) + "\n")
+    example = samples
+    if example is None:
+        example = Samples((torch.randn(2, *(shape or ()), generator=torch.Generator().manual_seed(0)),))
+    analysis = analyze_model(loaded.model, example, chosen)
+    numbers = asdict(analysis)
     _print(_analysis_table(analysis, loaded.name))
+    _print_float_layers(analysis.float_layers)
+    if samples is not None:
+        with _progress() as progress:
+            found = measure_sensitivity(
+                loaded.model, samples, chosen, bits=tried or (), device=place, progress=progress
+            )
+        numbers["sensitivity"] = found.to_dict()
+        _print(_sensitivity_table(found, loaded.name))
+        if figure is not None:
+            write_text(figure, sensitivities(found) + "\n")
+    if json_file is not None:
+        write_text(json_file, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
 
 
 @app.command()
@@ -430,6 +533,22 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"the value of --set {text!r} is not valid TOML ({error}).") from error
+
+
+def _budget(text: str | None, bits: str | None) -> dict[str, Any]:
+    """Return the arguments of ``choose_bits`` that --mixed and --mixed-bits stand for; nothing without --mixed."""
+    if text is None:
+        if bits is not None:
+            raise RecipeError("--mixed-bits says what --mixed chooses from; give --mixed too.")
+        return {}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)(B|BOP))?", text)
+    if not found:
+        raise RecipeError(f"--mixed is {text!r}; give mean bits such as 3, bytes such as 1.2MB, or such as 20GBOP.")
+    number, prefix, unit = found.groups()
+    amount = float(number) * 1000 ** " kMGT".index(prefix or " ")
+    name = {"B": "size", "BOP": "bops", None: "average_bits"}[unit]
+    choices = _numbers("--mixed-bits", bits, int)
+    return {name: amount} | ({} if choices is None else {"bits": choices})
 
 
 def _device(name: str | None) -> torch.device:
@@ -552,6 +671,51 @@ def _analysis_table(analysis: Analysis, name: str) -> Table:
     return table
 
 
+def _sensitivity_table(found: Sensitivity, name: str) -> Table:
+    table = Table(title=f"{name}: output error of each layer quantized alone, on {found.images:,} held-out images")
+    table.add_column("layer")
+    bits = sorted({b for row in found.layers for b in row.weight_errors})
+    for column in ("weights", "bits W/A", "error", "SQNR dB", "input alone", *(f"W{b} alone" for b in bits)):
+        table.add_column(column, justify="right")
+    for row in found.ranked:
+        alone = [row.weight_errors.get(b) for b in bits]
+        table.add_row(
+            row.layer,
+            f"{row.weights:,}",
+            f"{row.weight_bits}/{row.input_bits or 32}",
+            f"{row.error:.3g}",
+            _fixed(row.sqnr_db, 1),
+            *(NONE if value is None else f"{value:.3g}" for value in (row.input_error, *alone)),
+        )
+    table.caption = f"{found.passes:.1f} forward passes over these images, {found.seconds:.1f} s"
+    return table
+
+
+def _mixed_table(made: MixedPrecision) -> Table:
+    table = Table(title=f"Chosen bits: {made.cost}")
+    table.add_column("layer")
+    for column in ("weights", "bits", "error alone"):
+        table.add_column(column, justify="right")
+    for row in made.sensitivity.layers:
+        bits = made.bits[row.layer]
+        table.add_row(row.layer, f"{row.weights:,}", str(bits), f"{row.weight_errors[bits]:.3g}")
+    return table
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Within the block, what libraries in C print (HiGHS on its repairs) goes to stderr: stdout is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 @contextmanager
 def _data_that_fits(folder: Path, data: str) -> Iterator[None]:
     """Within the block, data that the saved network can't take is an error of the user's."""
@@ -622,8 +786,16 @@ def _totals_table(inventory: Inventory) -> Table:
 
 def _show_results(result: Result, out: Path) -> None:
     _print(results_table(result))
+    _print_float_layers(result.float_layers)
     for path in sorted(out.iterdir()):
         _print(str(path))
+
+
+def _print_float_layers(layers: dict[str, str]) -> None:
+    for reason in dict.fromkeys(layers.values()):
+        names = [name for name, why in layers.items() if why == reason]
+        counted = "1 weight layer is" if len(names) == 1 else f"{len(names)} weight layers are"
+        _print(f"{counted} left float, as {reason}: {', '.join(names)}")
 
 
 def _print(content: str | Table) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from quiesce.data import Samples, check_like, gather
-from quiesce.errors import DataError, ModelError
+from quiesce.errors import DataError, ModelError, RecipeError
 from quiesce.evaluate import Metrics, compare, outputs_of
 from quiesce.export.checkpoint import Checkpoint, check_storable, read_checkpoint, write_checkpoint
 from quiesce.export.executorch import ExecutorchExport, export_executorch
-from quiesce.export.export import Export
+from quiesce.export.export import Export, require
 from quiesce.export.onnx import export_onnx
 from quiesce.export.openvino import export_openvino
 from quiesce.export.program import export_program
@@ -28,18 +28,21 @@ from quiesce.graph.capture import capture, images_together, interface_of
 from quiesce.graph.fold import LeftBatchNorm, fold
 from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
 from quiesce.graph.partition import partition
-from quiesce.graph.place import annotate, end_grids_at_bounds, insert
+from quiesce.graph.place import annotate, end_grids_at_bounds, float_layers, insert, layers_at_common_bits
 from quiesce.graph.rewrite import follow_tensors
 from quiesce.graph.unit import Unit, boundary
 from quiesce.oscillation.capacity import modcap
 from quiesce.oscillation.measure import ModuleLoss, summarize
+from quiesce.precision.assignment import Budget, MixedPrecision, mixed_precision
+from quiesce.precision.sensitivity import Sensitivity, layer_sensitivities
 from quiesce.progress import Progress, ProgressCallback
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers, float_mode, restore, snapshot
-from quiesce.recipe import GranularityRecipe, Recipe
+from quiesce.recipe import BACKENDS as BACKEND_DEMANDS
+from quiesce.recipe import GranularityRecipe, Recipe, check_bits
 from quiesce.reconstruct.granular import Outcome, block_pass, check_granularity, merged_pass, propose
 from quiesce.reconstruct.loop import Job, Pass, layer_pass, measure_pass
 from quiesce.reconstruct.losses import fisher_weights
-from quiesce.reconstruct.streams import Network
+from quiesce.reconstruct.streams import Network, Tensors
 from quiesce.result import Result, Run, hardware, versions
 
 
@@ -226,6 +229,8 @@ class Prepared:
     float_metrics: Metrics | None
     name: str
     left: list[LeftBatchNorm]
+    float_layers: dict[str, str]
+    """Weight layers that stay float, with the reason of each."""
     seconds: float
     device: torch.device
 
@@ -245,6 +250,7 @@ class Prepared:
             recipe=recipe.to_dict(),
             versions=versions(),
             hardware=hardware(self.device),
+            float_layers=self.float_layers,
         )
 
 
@@ -301,6 +307,7 @@ def prepare(
         float_metrics=metrics,
         name=name or type(model).__name__,
         left=left,
+        float_layers=float_layers(folded, BACKENDS[recipe.backend], recipe),
         seconds=time.perf_counter() - began,
         device=where,
     )
@@ -349,6 +356,8 @@ class Analysis:
     merges: list[list[str]]
     layers: dict[str, list[str]]
     """Module → its weight layers."""
+    float_layers: dict[str, str]
+    """Weight layers that stay float, with the reason of each."""
 
 
 def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe) -> Analysis:
@@ -361,8 +370,8 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
         settings = GranularityRecipe(
             method="modcap", k=settings.k, lam=settings.lam, alpha=settings.alpha, max_modules=settings.max_modules
         )
-    graph, _ = fold(_captured(model, example, _device_of(model)))
-    graph = insert(graph, annotate(graph, BACKENDS[recipe.backend], recipe))
+    folded, _ = fold(_captured(model, example, _device_of(model)))
+    graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
     units = partition(graph, "block")
     names = [u.name for u in units]
     capacities = modcap(graph, units, settings.alpha)
@@ -373,7 +382,107 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
         differentials=proposal.differentials,
         merges=[[names[i] for i in group] for group in proposal.groups if len(group) > 1],
         layers={u.name: list(u.layers) for u in units},
+        float_layers=float_layers(folded, BACKENDS[recipe.backend], recipe),
     )
+
+
+def measure_sensitivity(
+    model: nn.Module | ExportedProgram,
+    calibration: object,
+    recipe: Recipe,
+    *,
+    bits: Collection[int] = (2, 4, 8),
+    holdout: float = 0.25,
+    device: torch.device | str | None = None,
+    progress: ProgressCallback | None = None,
+) -> Sensitivity:
+    """Measure how much error quantizing each weight layer alone, to nearest, causes at the network's outputs.
+
+    Args:
+        model: as for :func:`quantize`.
+        calibration: likewise. The last ``holdout`` of the images, a share, are what errors are measured on; ranges are
+            taken from the others.
+        recipe: what is quantized to how many bits; its reconstruction has no part in it.
+        bits: 2 to 8; the weight alone is measured at each of them, besides at the bits that the recipe gives it.
+        device: as for :func:`quantize`.
+        progress: called as ``progress(layer, trials_done, trials_planned)``.
+
+    Raises:
+        QuiesceError: one sentence on what is wrong with the model, the data or the settings.
+    """
+    return _sensitivity(model, calibration, recipe, bits, holdout, device, progress)[1]
+
+
+def choose_bits(
+    model: nn.Module | ExportedProgram,
+    calibration: object,
+    recipe: Recipe,
+    *,
+    average_bits: float | None = None,
+    size: float | None = None,
+    bops: float | None = None,
+    bits: Collection[int] = tuple(range(2, 9)),
+    holdout: float = 0.25,
+    device: torch.device | str | None = None,
+    progress: ProgressCallback | None = None,
+) -> MixedPrecision:
+    """Choose the weight bits of each layer from its sensitivity: least error within a budget, exactly.
+
+    The first and the last layer, and those with ``weight_bits`` in an override of ``recipe``, keep their bits. The
+    recipe that is returned has an override for every quantized layer: :func:`quantize` takes it as any other.
+
+    Args:
+        model: as for :func:`measure_sensitivity`, and so are ``calibration``, ``recipe``, ``holdout``, ``device``,
+            ``progress``.
+        average_bits: the budget as the mean number of bits of a weight, over the layers whose bits are chosen; or
+        size: as bytes of the integers of all quantized weights; or
+        bops: as bit operations for one image (:class:`~quiesce.precision.assignment.Budget`). One of the three.
+        bits: to choose from, 2 to 8.
+
+    Raises:
+        RecipeError: there is nothing to choose, or the budget is below what the fewest bits cost.
+        ModelError: scipy is not installed.
+        QuiesceError: as for :func:`measure_sensitivity`.
+    """
+    require(("scipy",), "mixed")
+    budget = Budget(average_bits=average_bits, size=size, bops=bops)
+    if "weights.bits" in BACKEND_DEMANDS[recipe.backend]:
+        raise RecipeError(f"backend {recipe.backend!r} demands one number of bits, so there are none to choose.")
+    choices = sorted(set(bits))
+    prepared, sensitivity = _sensitivity(model, calibration, recipe, choices, holdout, device, progress)
+    free = layers_at_common_bits(prepared.graph, recipe)
+    return mixed_precision(recipe, sensitivity, free, budget, choices)
+
+
+def _sensitivity(
+    model: nn.Module | ExportedProgram,
+    calibration: object,
+    recipe: Recipe,
+    bits: Collection[int],
+    holdout: float,
+    device: torch.device | str | None,
+    progress: ProgressCallback | None,
+) -> tuple[Prepared, Sensitivity]:
+    began = time.perf_counter()
+    for number in bits:
+        check_bits("the number of bits", number)
+    samples = gather(calibration, "calibration")
+    first = len(samples) - round(holdout * len(samples))
+    if not 0 < first < len(samples):
+        raise DataError(
+            f"a share of {holdout} of {len(samples)} calibration images can't be held out and leave others; "
+            "give more images or another share."
+        )
+    prepared = prepare(
+        model, samples.select(slice(first)), replace(recipe, granularity=None, reconstruction=None), device=device
+    )
+    held = samples.select(slice(first, None)).to(prepared.device)
+    _check_together(prepared.together, recipe, {"held-out images": len(held)})
+    layers, passes = layer_sensitivities(
+        prepared.graph, _inputs(prepared.graph, held), recipe, bits, Progress(progress)
+    )
+    seconds = time.perf_counter() - began
+    return prepared, Sensitivity(layers, len(held), first, passes, seconds, prepared.float_layers)
 
 
 def _captured(model: nn.Module | ExportedProgram, samples: Samples, device: torch.device) -> fx.GraphModule:
@@ -432,8 +541,7 @@ def _check_together(together: int, recipe: Recipe, counts: dict[str, int]) -> No
 
 def _job(prepared: Prepared, recipe: Recipe) -> Job:
     network = Network(prepared.graph)
-    flat = interface_of(prepared.graph).flatten(prepared.samples.args, prepared.samples.kwargs)
-    inputs = {name: _laid_out(tensor) for name, tensor in zip(network.inputs, flat, strict=True)}
+    inputs = _inputs(prepared.graph, prepared.samples)
     reconstruction = recipe.reconstruction
     fisher = None
     if reconstruction is not None and reconstruction.fisher:
@@ -456,6 +564,12 @@ def _job(prepared: Prepared, recipe: Recipe) -> Job:
         regularizer_weight=regularizer_weight(prepared.graph, recipe),
         fisher=fisher,
     )
+
+
+def _inputs(graph: fx.GraphModule, samples: Samples) -> Tensors:
+    """Return the samples by the names of the network's inputs."""
+    flat = interface_of(graph).flatten(samples.args, samples.kwargs)
+    return {name: _laid_out(tensor) for name, tensor in zip(Network(graph).inputs, flat, strict=True)}
 
 
 def _laid_out(tensor: Tensor) -> Tensor:

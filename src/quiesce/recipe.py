@@ -40,7 +40,8 @@ def _one_of(setting: str, value: Any, known: Collection[str]) -> None:
     _check(isinstance(value, str) and value in known, f"{setting} {value!r} is unknown.{nearest_name(value, known)}")
 
 
-def _bits(setting: str, value: Any) -> None:
+def check_bits(setting: str, value: Any) -> None:
+    """Raise a RecipeError about ``setting`` if ``value`` is no number of bits that tensors can be quantized to."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     _check(whole and 2 <= value <= 8, f"{setting} is {value!r}; give a whole number from 2 to 8.")
 
@@ -91,8 +92,8 @@ class WeightRecipe:
     """How the clipping range is found: minmax, percentile, or lp (L_p search, p = 2.4 as in the references)."""
 
     def __post_init__(self) -> None:
-        _bits("weights.bits", self.bits)
-        _bits("weights.first_last_bits", self.first_last_bits)
+        check_bits("weights.bits", self.bits)
+        check_bits("weights.first_last_bits", self.first_last_bits)
         _one_of("weights.range", self.range, RANGES)
         _check_kinds(self, "weights.")
 
@@ -117,8 +118,8 @@ class ActivationRecipe:
     def __post_init__(self) -> None:
         for name in ("bits", "second_layer_bits"):
             if getattr(self, name) is not None:
-                _bits(f"activations.{name}", getattr(self, name))
-        _bits("activations.first_last_bits", self.first_last_bits)
+                check_bits(f"activations.{name}", getattr(self, name))
+        check_bits("activations.first_last_bits", self.first_last_bits)
         _one_of("activations.range", self.range, RANGES)
         _check_kinds(self, "activations.")
         _check(50 < self.percentile <= 100, f"activations.percentile is {self.percentile}; give a value in (50, 100].")
@@ -126,18 +127,26 @@ class ActivationRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOverride:
-    """Other bits for the weight layers whose module name fits a shell pattern (``features.1*``)."""
+    """Other bits, or none, for the weight layers that fit a shell pattern."""
 
     pattern: str
+    """Of names of modules (``features.1*``), or behind ``type:`` of a class of one of the modules that the layer is in
+    (``type:SqueezeExcite``) or of its operator (``type:linear``)."""
     weight_bits: int | None = None
     activation_bits: int | None = None
     """Bits of the layer's input."""
+    leave_float: bool = False
+    """Quantize neither the weight nor, for this layer, its input."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits"):
-            if getattr(self, name) is not None:
-                _bits(f"layers[{self.pattern!r}].{name}", getattr(self, name))
+        given = [name for name in ("weight_bits", "activation_bits") if getattr(self, name) is not None]
+        for name in given:
+            check_bits(f"layers[{self.pattern!r}].{name}", getattr(self, name))
         _check_kinds(self, "layers.")
+        _check(
+            not (self.leave_float and given),
+            f"layers[{self.pattern!r}] has leave_float and {' and '.join(given)}; a layer left float has no bits.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,8 +280,9 @@ class Recipe:
 
         Settings are named ``weight_*``, ``activation_*`` (``weight_bits``, ``activation_symmetric``, …),
         ``granularity`` (the method's name), or by any field of the granularity, reconstruction or recipe itself;
-        or as in a recipe file, by section and key (``granularity.k``). A ``backend`` brings the settings that it
-        demands (:data:`BACKENDS`), where nothing else is given for them.
+        or as in a recipe file, by section and key (``granularity.k``). ``leave_float``, a pattern or a list of them,
+        adds overrides to ``layers`` (:class:`LayerOverride`). A ``backend`` brings the settings that it demands
+        (:data:`BACKENDS`), where nothing else is given for them.
 
         Raises:
             RecipeError: an unknown preset or setting (the nearest name is given), or a value out of range.
@@ -284,10 +294,13 @@ class Recipe:
     def with_settings(self, **settings: Any) -> Recipe:
         """Return a copy with flat ``settings`` changed; see :meth:`preset` for their names."""
         changes: dict[str, dict[str, Any]] = {}
+        left_float = _left_float(settings.pop("leave_float", ()))
         for key, value in settings.items():
             section, name = _locate(key)
             changes.setdefault(section, {})[name] = _value(section, name, value)
         top = changes.pop("", {})
+        if left_float:
+            top["layers"] = (*top.get("layers", self.layers), *left_float)
         for section, demanded in _demanded(top.get("backend")).items():
             missing = {name: v for name, v in demanded.items() if _is_default(getattr(self, section), name)}
             changes[section] = missing | changes.get(section, {})
@@ -373,7 +386,7 @@ def _locate(key: str) -> tuple[str, str]:
     names |= {f"activation_{f.name}": ("activations", f.name) for f in fields(ActivationRecipe)}
     names |= {f"{section}.{f.name}": (section, f.name) for section, part in _SECTIONS.items() for f in fields(part)}
     if key not in names:
-        alike = [n for n in ("granularity", *names) if ("." in n) == ("." in key)]
+        alike = [n for n in ("granularity", "leave_float", *names) if ("." in n) == ("." in key)]
         raise RecipeError(f"setting {key!r} is unknown.{nearest_name(key, alike)}")
     return names[key]
 
@@ -384,6 +397,14 @@ def _value(section: str, name: str, value: Any) -> Any:
         return tuple(v if isinstance(v, LayerOverride) else _build(LayerOverride, v, "layers") for v in value)
     null_word = _NULL_WORDS.get((section, name))
     return None if null_word is not None and value == null_word else _tuples(value)
+
+
+def _left_float(patterns: Any) -> tuple[LayerOverride, ...]:
+    """Return the overrides that ``leave_float`` stands for: a pattern, or a list of them."""
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(listed, list | tuple):
+        raise RecipeError(f"leave_float is {patterns!r}; give a pattern of layers, or a list of them.")
+    return tuple(LayerOverride(pattern=pattern, leave_float=True) for pattern in listed)
 
 
 def _tuples(value: Any) -> Any:
@@ -434,7 +455,7 @@ def _toml(data: Mapping[str, Any]) -> str:
                 value = _NULL_WORDS.get((name, key)) if value is None else value
                 lines += [] if value is None else [f"{key} = {_toml_value(value)}"]
     for override in data.get("layers", []):
-        lines += ["", "[[layers]]"] + [f"{k} = {_toml_value(v)}" for k, v in override.items() if v is not None]
+        lines += ["", "[[layers]]"] + [f"{k} = {_toml_value(v)}" for k, v in override.items() if v not in (None, False)]
     return "\n".join(lines) + "\n"
 
 

@@ -108,6 +108,8 @@ class Result:
     versions: dict[str, str]
     hardware: dict[str, Any]
     exports: list[ExportRecord] = field(default_factory=list)
+    float_layers: dict[str, str] = field(default_factory=dict)
+    """Weight layers that stayed float, with the reason of each."""
     schema: int = SCHEMA
 
     @property

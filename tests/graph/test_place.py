@@ -16,10 +16,11 @@ from quiesce.graph.backends.backend import Backend
 from quiesce.graph.capture import capture
 from quiesce.graph.fold import fold
 from quiesce.graph.ops import WEIGHT_OPS, input_node, is_weight_op, weight_node
-from quiesce.graph.place import annotate, insert, weight_layers
+from quiesce.graph.place import annotate, float_layers, insert, weight_layers, weight_quantizer
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, float_mode
 from quiesce.recipe import LayerOverride, Recipe
 from small_nets import CASES, FromInput, Lambda, call, captured, conv, nearest, outputs, placed, quantized, trained
+from tiny import Assorted, TiedPair
 
 IMAGES = Samples((torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),))
 LOW = nearest(weight_bits=2, activation_bits=4)
@@ -58,13 +59,19 @@ def skip(recipe: Recipe) -> fx.GraphModule:
     return placed(graph_of(Skip), recipe)
 
 
-def bits(gm: fx.GraphModule) -> dict[str, tuple[int, int | None]]:
+@cache
+def assorted() -> fx.GraphModule:
+    return capture(Assorted(), IMAGES)
+
+
+def bits(gm: fx.GraphModule) -> dict[str, tuple[int | None, int | None]]:
     """Bits of each layer's weight and input (None: float)."""
     found = {}
     for name, layer in weight_layers(gm).items():
         source = input_node(layer)
         quantizer = getattr(gm, str(source.target)) if source.op == "call_module" else None
-        found[name] = (getattr(gm, str(weight_node(layer).target)).spec.bits, quantizer and quantizer.spec.bits)
+        weight = weight_quantizer(gm, layer)
+        found[name] = (weight and weight.spec.bits, quantizer and quantizer.spec.bits)
     return found
 
 
@@ -180,6 +187,93 @@ class TestOverrides:
         assert list(found) == ["conv", "conv:conv2d_1"] and [w for w, _ in found.values()] == [3, 3]
 
 
+def float_reasons(gm: fx.GraphModule, recipe: Recipe) -> dict[str, str]:
+    return float_layers(fold(gm)[0], BACKENDS[recipe.backend], recipe)
+
+
+class TestLeftFloat:
+    def test_a_layer_and_its_input_stay_float_and_the_others_keep_their_bits(self) -> None:
+        assert bits(skip(LOW.with_settings(leave_float="stem"))) == {
+            "stem": (None, None),
+            "a": (2, 4),
+            "b": (2, 4),
+            "head": (8, 8),
+        }
+        assert bits(skip(LOW.with_settings(leave_float=["b", "head"]))) == {
+            "stem": (8, 8),
+            "a": (2, 4),
+            "b": (None, None),
+            "head": (None, None),
+        }
+
+    def test_an_input_that_others_read_is_quantized_for_them(self) -> None:
+        gm = placed(graph_of(Fork), LOW.with_settings(leave_float="right"))
+        assert bits(gm) == {"stem": (8, 8), "left": (2, 8), "right": (None, 8), "last": (8, 8)}
+
+    def test_the_last_override_decides(self) -> None:
+        def place(*overrides: LayerOverride) -> dict[str, tuple[int | None, int | None]]:
+            return bits(skip(replace(LOW, layers=overrides)))
+
+        whole, back = LayerOverride(pattern="*", leave_float=True), LayerOverride(pattern="a", activation_bits=5)
+        assert place(whole, back) == {"stem": (None, None), "a": (2, 5), "b": (None, None), "head": (None, None)}
+        narrow, left = LayerOverride(pattern="[ab]", weight_bits=3), LayerOverride(pattern="b", leave_float=True)
+        assert place(narrow, left) == {"stem": (8, 8), "a": (3, 4), "b": (None, None), "head": (8, 8)}
+
+    @pytest.mark.parametrize(
+        ("pattern", "names"),
+        [
+            ("type:Squeeze", ["blocks.1.down", "blocks.1.up", "blocks.3.down", "blocks.3.up"]),
+            ("type:Sq*", ["blocks.1.down", "blocks.1.up", "blocks.3.down", "blocks.3.up"]),
+            ("type:Linear", ["make", "head"]),
+            ("type:linear", ["make", "head"]),
+            ("type:[Rr]esidual", ["blocks.0.conv1", "blocks.0.conv2", "blocks.2.conv1", "blocks.2.conv2"]),
+            ("blocks.?.conv1", ["blocks.0.conv1", "blocks.2.conv1"]),
+        ],
+    )
+    def test_layers_are_chosen_by_name_or_by_type(self, pattern: str, names: list[str]) -> None:
+        reasons = float_reasons(assorted(), LOW.with_settings(leave_float=pattern))
+        assert reasons.pop("conv2d_9") == "its weight is computed from the input"
+        assert reasons == dict.fromkeys(names, f"the recipe asks for it ({pattern})")
+
+    def test_types_choose_bits_too(self) -> None:
+        recipe = replace(LOW, layers=(LayerOverride(pattern="type:Squeeze", weight_bits=7),))
+        assert [w for w, _ in bits(placed(assorted(), recipe)).values()] == [8, 2, 2, 7, 7, 2, 2, 7, 7, 2, None, 8]
+
+    @pytest.mark.parametrize("pattern", ["hed", "type:Squeze", "type:linaer"])
+    def test_what_fits_nothing_is_refused_with_the_nearest(self, pattern: str) -> None:
+        near = {"hed": "head", "type:Squeze": "type:Squeeze", "type:linaer": "type:linear"}[pattern]
+        with pytest.raises(RecipeError, match=rf"'{pattern}' fits no weight layer.*Did you mean '{near}'"):
+            placed(assorted(), LOW.with_settings(leave_float=pattern))
+
+    def test_a_weight_computed_from_the_input_is_told(self) -> None:
+        gm = placed(capture(FromInput().eval(), IMAGES), LOW)
+        assert bits(gm) == {"make": (8, 8), "conv2d": (None, None)}
+        reasons = float_reasons(capture(FromInput().eval(), IMAGES), LOW)
+        assert reasons == {"conv2d": "its weight is computed from the input"}
+
+    def test_a_weight_in_half_precision_among_others_is_told(self) -> None:
+        def half_inside(self: Any, x: Tensor) -> Tensor:
+            return self.head(self.coarse(x.bfloat16()).float())
+
+        net = Lambda(half_inside, coarse=conv(3, 4).bfloat16(), head=conv(4, 2)).eval()
+        assert bits(placed(capture(net, IMAGES), LOW)) == {"coarse": (None, None), "head": (8, 8)}
+        reasons = float_reasons(capture(net, IMAGES), LOW)
+        assert reasons == {"coarse": "its weight is torch.bfloat16, too coarse to round, unlike float32"}
+
+    def test_layers_that_share_a_weight_are_left_float_together(self) -> None:
+        gm = capture(TiedPair(), IMAGES)
+        assert list(float_reasons(gm, LOW.with_settings(leave_float=["first", "second"]))) == ["first", "second"]
+        found = bits(placed(gm, LOW.with_settings(leave_float=["first", "second"])))
+        assert [w for w, _ in found.values()] == [8, None, None, 2, 8]
+        with pytest.raises(RecipeError, match="second is left float, and first, which has the same weight, is not"):
+            placed(gm, LOW.with_settings(leave_float="second"))
+
+    def test_a_backend_does_not_quantize_what_a_float_layer_returns(self) -> None:
+        net = trained(nn.Sequential(conv(3, 4), nn.Sigmoid(), conv(4, 4)))
+        gm = placed(capture(net, IMAGES), Recipe.preset("nearest", backend="onnxruntime", leave_float="0"))
+        assert [str(n.args[0]) for n in quantizer_nodes(gm, ActivationFakeQuantize)] == ["sigmoid", "conv2d_1"]
+
+
 class TestNames:
     def test_a_layer_is_called_as_its_module(self) -> None:
         assert list(weight_layers(skip(LOW))) == ["stem", "a", "b", "head"]
@@ -232,15 +326,17 @@ class TestRefused:
         with pytest.raises(ModelError, match=message):
             placed(capture(net.eval(), samples), LOW)
 
-    def test_a_weight_computed_from_the_input(self) -> None:
-        self.refuse(FromInput(), r"the weight of conv2d \(conv2d\) is computed from the input")
+    def test_a_network_with_nothing_left_to_quantize(self) -> None:
+        message = r"every weight layer is left float, such as make \(the recipe asks for it \(type:Linear\)\)"
+        with pytest.raises(ModelError, match=message):
+            placed(capture(FromInput().eval(), IMAGES), LOW.with_settings(leave_float="type:Linear"))
 
     def test_a_network_without_layers(self) -> None:
         self.refuse(nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2)), "no convolution or linear layer")
 
     def test_half_precision(self) -> None:
         half = Samples((IMAGES.args[0].bfloat16(),))
-        self.refuse(Skip().bfloat16(), "the weight of stem is torch.bfloat16", half)
+        self.refuse(Skip().bfloat16(), r"such as stem \(its weight is torch.bfloat16, too coarse to round", half)
 
 
 def test_the_captured_graph_is_not_changed() -> None:

@@ -13,7 +13,7 @@ from quiesce.graph.place import annotate, insert
 from quiesce.graph.unit import Unit
 from quiesce.oscillation.capacity import modcap
 from quiesce.recipe import LayerOverride, Recipe
-from tiny import Residual, recipe
+from tiny import Assorted, Residual, recipe
 
 
 class Staged(nn.Module):
@@ -58,6 +58,21 @@ def test_modcap_follows_bit_overrides() -> None:
     assert modcap(graph, units, 1.6) == pytest.approx(
         [STEM * 8 * 1.6, 2 * CONV * 2, CONV1 * 5 * 1.6 + SHORTCUT * 2 * 1.6 + CONV2 * 5, HEAD * 4]
     )
+
+
+def test_a_layer_left_float_counts_with_its_floats() -> None:
+    graph, units = placed(recipe("brecq", weight_bits=3, leave_float=["blocks.1.conv1", "head"]))
+    assert modcap(graph, units, 1.6) == pytest.approx(
+        [STEM * 8 * 1.6, 2 * CONV * 3, CONV1 * 32 * 1.6 + SHORTCUT * 3 * 1.6 + CONV2 * 3, HEAD * 32]
+    )
+
+
+def test_a_computed_weight_has_no_parameters() -> None:
+    folded, _ = fold(capture(Assorted(), Samples((torch.randn(2, 3, 8, 8),))))
+    graph = insert(folded, annotate(folded, BACKENDS["academic"], recipe("brecq")))
+    capacities = modcap(graph, partition(graph, "layer"), 1.6)
+    names = [u.name for u in partition(graph, "layer")]
+    assert dict(zip(names, capacities, strict=True))["make+conv2d_9"] == 8 * 72 * 2
 
 
 def test_modcap_counts_each_layer_once() -> None:

@@ -14,6 +14,7 @@ from quiesce.reconstruct.granular import block_pass
 from quiesce.reconstruct.guard import Guard
 from quiesce.reconstruct.loop import layer_pass, measure_pass, module_pass
 from quiesce.reconstruct.streams import Network
+from quiesce.result import Run
 from tiny import Chain, absolute, images, job, recipe, same_state, without_times
 
 NAMES = ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head"]
@@ -24,6 +25,63 @@ LATE = [[0], [1], [2], [3, 4], [5]]
 def chains() -> dict[int, Prepared]:
     settings = recipe()
     return {depth: prepare(Chain(depth, channels=4), images(8), settings) for depth in (4, 8, 16)}
+
+
+class TestLeftFloat:
+    """Units that quantize nothing are passed through."""
+
+    LEFT = ("blocks.1.*", "blocks.2.*", "blocks.3.conv1")
+
+    def made(self, granularity: str, **settings: object) -> tuple[Run, list[tuple[str, int, int]]]:
+        chosen = recipe(granularity=granularity, leave_float=self.LEFT, learn_step_sizes=False, **settings)
+        ticks: list[tuple[str, int, int]] = []
+        runs, _ = run(prepare(Chain(4), images(32), chosen), chosen, progress=lambda *a: ticks.append(a))
+        return runs[-1], ticks
+
+    @pytest.mark.parametrize("fisher", [False, True])
+    def test_blocks(self, fisher: bool) -> None:
+        made, ticks = self.made("block", fisher=fisher)
+        assert {r.modules[0]: r.steps for r in made.unit_records} == {
+            **dict.fromkeys(NAMES, 4),
+            "blocks.1": 0,
+            "blocks.2": 0,
+        }
+        assert [len(r.loss_curve) for r in made.unit_records] == [4, 4, 0, 0, 4, 4]
+        assert list(made.module_losses) == NAMES and min(made.module_losses.values()) > 0
+        assert {total for _, _, total in ticks} == {16} and ticks[-1][1] == 16
+
+    def test_layers(self) -> None:
+        made, ticks = self.made("layer")
+        assert [r.modules[0] for r in made.unit_records if r.steps] == [
+            "stem",
+            "blocks.0.conv1",
+            "blocks.0.conv2",
+            "blocks.3.conv2",
+            "head",
+        ]
+        assert {total for _, _, total in ticks} == {20} and ticks[-1][1] == 20
+
+    @pytest.mark.parametrize("per_module", [True, False])
+    def test_merged_units_get_the_steps_of_modules_that_learn(self, per_module: bool) -> None:
+        scheme = [["blocks.0", "blocks.1"], ["blocks.2", "blocks.3", "head"]]
+        made, ticks = self.made("scheme", scheme=scheme, steps_per_module=per_module, guard=False)
+        wanted = [4, 4, 8] if per_module else [4, 4, 4]
+        assert [r.steps for r in made.unit_records] == wanted
+        assert {total for _, _, total in ticks} == {sum(wanted)} and ticks[-1][1] == sum(wanted)
+
+    @pytest.mark.parametrize("granularity", ["modcap", "loss", "loss-descent", "log-ratio"])
+    def test_guarded_merges_come_to_their_end(self, granularity: str) -> None:
+        made, ticks = self.made(granularity)
+        assert made.guard is not None and [m for unit in made.units for m in unit] == NAMES
+        assert ticks[-1][1] == ticks[-1][2] > 0
+
+    def test_step_sizes_alone_are_learned(self) -> None:
+        settings = recipe(leave_float="blocks.1.conv?", layers=[{"pattern": "blocks.2.*", "activation_bits": 4}])
+        prepared = prepare(Chain(4), images(32), settings)
+        (made,), done = run(prepared, settings)
+        name = next(n for n, q in fake_quantizers(prepared.graph).items() if n.startswith("relu_4"))
+        assert [r.steps for r in made.unit_records] == [4] * 6
+        assert not torch.equal(done.state[f"{name}.scale"], prepared.initial[f"{name}.scale"])
 
 
 def pairs(modules: int) -> list[list[int]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quiesce.graph.partition import partition
 from quiesce.pipeline import Prepared, prepare
 from quiesce.reconstruct.streams import Network, Streams
 from tiny import Chain, images, recipe
@@ -48,6 +49,22 @@ def test_only_what_is_still_needed_stays_alive(prepared: Prepared) -> None:
         assert streams.position == module.stop
         assert len(streams.float) == len(streams.quantized) == 1  # one tensor between two residual blocks
         assert streams.float.keys() == streams.quantized.keys()
+
+
+@pytest.mark.parametrize("step_sizes", [True, False])
+def test_a_stretch_learns_where_it_quantizes(step_sizes: bool) -> None:
+    left = prepare(Chain(2), images(8), recipe("nearest", leave_float=["blocks.0.*", "blocks.1.conv1"]))
+    network = Network(left.graph)
+    learning = {u.name: network.learns(u.start, u.stop, step_sizes) for u in partition(left.graph, "layer")}
+    # What the layer behind quantizes of a layer's output is learned with that layer.
+    assert learning == {
+        "stem": True,
+        "blocks.0.conv1": False,
+        "blocks.0.conv2": False,
+        "blocks.1.conv1": step_sizes,
+        "blocks.1.conv2": True,
+        "head": True,
+    }
 
 
 def test_executions_are_nodes_times_batches(prepared: Prepared) -> None:

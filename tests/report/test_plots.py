@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
+from quiesce.precision.sensitivity import LayerSensitivity, Sensitivity
 from quiesce.report import plots
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -43,6 +44,16 @@ def test_figures_scale_and_speak(result):
         assert "width: 100%" in root.get("style")
         assert root.get("role") == "img"
         assert len(root.get("aria-label")) > 40
+
+
+def test_sensitivities_are_told_by_layer_and_bits():
+    rows = [
+        LayerSensitivity("stem", (), 10, 10, 8, 8, 1e-5, 0.0, {2: 0.1, 8: 0.0}),
+        LayerSensitivity("a$b", (), 10, 10, 2, 4, 0.2, 0.1, {2: 0.15}),
+    ]
+    svg = plots.sensitivities(Sensitivity(rows, 4, 12, 3.0, 1.0, {}))
+    assert {"stem", "a$b", "weight alone, 2 bits", "weight alone, 8 bits"} <= set(texts(svg))
+    assert "Largest: a$b (0.200), stem (1.00e−5)" in parse(svg).get("aria-label")
 
 
 def test_figures_are_deterministic_and_dateless(result):

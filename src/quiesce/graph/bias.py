@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.graph.ops import PASS_OPS, WEIGHT_OPS, argument, input_node, is_weight_op, origin, weight_node
+from quiesce.graph.place import weight_quantizer
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from quiesce.quant.functional import round_bias
 from quiesce.quant.ranges import next_power_of_two
@@ -27,7 +28,8 @@ learning makes smaller."""
 def round_biases(gm: fx.GraphModule) -> fx.GraphModule:
     """Return ``gm`` with the bias of each layer rounded to a 32-bit multiple of s_x · s_w, as the scales are now.
 
-    A layer with a float input keeps its bias. Tensors other than biases, and fake-quantizers, are shared with ``gm``.
+    A layer with a float weight or input keeps its bias. Tensors other than biases, and fake-quantizers, are shared with
+    ``gm``.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
@@ -99,9 +101,7 @@ def _biased_layers(gm: fx.GraphModule) -> Iterator[_BiasedLayer]:
         if not is_weight_op(node):
             continue
         bias = argument(node, WEIGHT_OPS[node.target].bias, "bias", None)
-        weight, source = weight_node(node), input_quantizer(gm, node)
-        quantizer = getattr(gm, str(weight.target))
-        if isinstance(bias, fx.Node) and bias.op == "get_attr" and source is not None:
-            assert isinstance(quantizer, WeightFakeQuantize)
-            name = str(bias.target)
-            yield _BiasedLayer(name, getattr(gm, name), source.scale, quantizer, str(weight.all_input_nodes[0].target))
+        weight, source = weight_quantizer(gm, node), input_quantizer(gm, node)
+        if isinstance(bias, fx.Node) and bias.op == "get_attr" and weight is not None and source is not None:
+            name, float_weight = str(bias.target), weight_node(node).all_input_nodes[0]
+            yield _BiasedLayer(name, getattr(gm, name), source.scale, weight, str(float_weight.target))

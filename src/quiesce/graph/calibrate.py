@@ -28,7 +28,7 @@ def calibrate(gm: fx.GraphModule, samples: Samples, recipe: Recipe) -> fx.GraphM
     for node in gm.graph.nodes:
         quantizer = getattr(gm, str(node.target)) if node.op == "call_module" else None
         if isinstance(quantizer, WeightFakeQuantize):
-            _set_weight(quantizer, getattr(gm, str(node.args[0].target)), recipe)
+            set_weight(quantizer, getattr(gm, str(node.args[0].target)), recipe)
     quantizers = {n: q for n, q in fake_quantizers(gm).items() if isinstance(q, ActivationFakeQuantize)}
     observers = {name: _Observer(len(samples), recipe.seed) for name in quantizers}
     for batch in samples.batches(recipe.calibration_batch):
@@ -39,7 +39,8 @@ def calibrate(gm: fx.GraphModule, samples: Samples, recipe: Recipe) -> fx.GraphM
     return gm
 
 
-def _set_weight(quantizer: WeightFakeQuantize, weight: Tensor, recipe: Recipe) -> None:
+def set_weight(quantizer: WeightFakeQuantize, weight: Tensor, recipe: Recipe) -> None:
+    """Find the range of ``weight`` as ``recipe`` says, and round it to nearest on the grid of ``quantizer.spec``."""
     ch_axis = quantizer.spec.ch_axis
     rows = weight.reshape(1, -1) if ch_axis is None else weight.movedim(ch_axis, 0).reshape(weight.shape[ch_axis], -1)
     settings = recipe.weights

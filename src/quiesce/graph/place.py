@@ -30,6 +30,8 @@ from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuanti
 from quiesce.quant.spec import QuantizationSpec
 from quiesce.recipe import LayerOverride, Recipe
 
+TYPE = "type:"
+"""What patterns begin with that are of layers' types instead of their names."""
 Annotation = QuantizationSpec
 """What a tensor-producing node is to be quantized to."""
 
@@ -47,27 +49,29 @@ def weight_layers(gm: fx.GraphModule) -> dict[str, fx.Node]:
 def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.Node, Annotation]:
     """Return what each tensor is to be quantized to: weights (get_attr nodes) and activations (all others).
 
-    A tensor that feeds several layers, or a weight of several, takes the largest bits that any of them asks for. What a backend quantizes beyond
-    the inputs of layers takes the bits of activations, and the bits of both ends where the network returns it.
+    A tensor that feeds several layers, or a weight of several, takes the largest bits that any of them asks for. What a
+    backend quantizes beyond the inputs of layers takes the bits of activations, and the bits of both ends where the
+    network returns it.
+
+    Layers of :func:`float_layers` are left alone, and so are their inputs where nothing else asks for these. The first
+    and the last layer are those of the network, left float or not: leaving one float changes no other one's bits.
 
     Raises:
-        ModelError: there is no weight layer, or the weight of one is computed from the input or in half precision.
-        RecipeError: an override fits no layer.
+        ModelError: there is no weight layer that can be quantized.
+        RecipeError: an override fits no layer, or leaves float one of several layers that share a weight.
     """
-    layers = {name: node for name, node in weight_layers(gm).items() if node.target in backend.weight_ops}
+    layers, left = weight_layers(gm), float_layers(gm, backend, recipe)
     if not layers:
         raise ModelError("the network has no convolution or linear layer; there is nothing to quantize.")
-    overrides = _overrides(list(layers), recipe.layers)
+    if len(left) == len(layers):
+        name, reason = next(iter(left.items()))
+        raise ModelError(f"every weight layer is left float, such as {name} ({reason}); there is nothing to quantize.")
+    overrides = _overrides(layers, recipe.layers)
     annotations: dict[fx.Node, Annotation] = {}
     for index, (name, layer) in enumerate(layers.items()):
+        if name in left:
+            continue
         weight = weight_node(layer)
-        if weight.op != "get_attr":
-            raise ModelError(
-                f"the weight of {name} ({layer.name}) is computed from the input; such layers can't be quantized."
-            )
-        dtype = weight.meta["val"].dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise ModelError(f"the weight of {name} is {dtype}, too coarse to round; give the network in float32.")
         edge = index in (0, len(layers) - 1)
         weight_bits, input_bits = _layer_bits(recipe, index, edge, overrides.get(name))
         ch_axis = WEIGHT_OPS[layer.target].ch_axis if recipe.weights.per_channel else None  # type: ignore[index]
@@ -77,12 +81,58 @@ def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.No
         if input_bits is not None:
             _annotate_activation(annotations, origin(input_node(layer), backend.pass_ops), input_bits, recipe)
     if recipe.activations.bits is not None:
-        for tensor in _further_tensors(gm, backend):
+        for tensor in _further_tensors(gm, backend, {layers[name] for name in left}):
             if tensor not in annotations:
                 returned = any(user.op == "output" for user in tensor.users)
                 bits = recipe.activations.first_last_bits if returned else recipe.activations.bits
                 _annotate_activation(annotations, tensor, bits, recipe)
     return annotations
+
+
+def float_layers(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[str, str]:
+    """Return the weight layers that stay float, in topological order, with the reason of each.
+
+    Raises:
+        RecipeError: an override fits no layer, or leaves float one of several layers that share a weight.
+    """
+    layers = weight_layers(gm)
+    overrides = _overrides(layers, recipe.layers)
+    reasons = {name: _why_float(layer, overrides.get(name), backend) for name, layer in layers.items()}
+    for group in weight_groups(layers):
+        first, *others = sorted(group, key=lambda name: not reasons[name])
+        if others and reasons[first] and not reasons[others[-1]]:
+            raise RecipeError(
+                f"layers: {first} is left float, and {others[-1]}, which has the same weight, is not; "
+                "leave both float, or neither."
+            )
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def weight_groups(layers: dict[str, fx.Node]) -> list[list[str]]:
+    """Return the names of ``layers``, those that share a weight together, in topological order."""
+    groups: dict[fx.Node, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(weight_node(layer), []).append(name)
+    return list(groups.values())
+
+
+def layers_at_common_bits(gm: fx.GraphModule, recipe: Recipe) -> list[str]:
+    """Return the quantized weight layers whose bits are ``weights.bits``: neither end, and none with an override.
+
+    Nor those that share a weight with such a layer. ``gm`` holds fake-quantizers.
+    """
+    layers = weight_layers(gm)
+    given = {name for name, o in _overrides(layers, recipe.layers).items() if o.weight_bits is not None}
+    given |= {*list(layers)[:1], *list(layers)[-1:]}
+    groups = [group for group in weight_groups(layers) if weight_quantizer(gm, layers[group[0]]) is not None]
+    return [name for group in groups if not given.intersection(group) for name in group]
+
+
+def weight_quantizer(gm: fx.GraphModule, layer: fx.Node) -> WeightFakeQuantize | None:
+    """Return what quantizes the weight of the weight operator ``layer``; None if the layer is left float."""
+    weight = weight_node(layer)
+    quantizer = getattr(gm, str(weight.target)) if weight.op == "call_module" else None
+    return quantizer if isinstance(quantizer, WeightFakeQuantize) else None
 
 
 def insert(gm: fx.GraphModule, annotations: dict[fx.Node, Annotation]) -> fx.GraphModule:
@@ -109,14 +159,14 @@ def insert(gm: fx.GraphModule, annotations: dict[fx.Node, Annotation]) -> fx.Gra
     return tidy(gm)
 
 
-def _further_tensors(gm: fx.GraphModule, backend: Backend) -> Iterator[fx.Node]:
-    """Yield what the backend quantizes besides the inputs of layers."""
+def _further_tensors(gm: fx.GraphModule, backend: Backend, left: set[fx.Node]) -> Iterator[fx.Node]:
+    """Yield what the backend quantizes besides the inputs of layers; outputs of layers ``left`` float stay float."""
     for node in gm.graph.nodes:
         if node.target in backend.input_ops:
             yield from (origin(tensor, backend.pass_ops) for tensor in operands(node))
         if node.target in backend.skip_ops:
             yield from (origin(tensor, backend.pass_ops) for tensor in _skips(operands(node)))
-        if node.target in backend.output_ops:
+        if node.target in backend.output_ops and node not in left:
             (reader, *others) = node.users
             yield reader if not others and is_relu(reader) else node
 
@@ -133,6 +183,17 @@ def end_grids_at_bounds(gm: fx.GraphModule) -> None:
         quantizer = getattr(gm, str(node.target)) if node.op == "call_module" else None
         if isinstance(quantizer, ActivationFakeQuantize) and is_relu(node.args[0]):
             quantizer.largest = upper_bound(node.args[0])
+
+
+def _why_float(layer: fx.Node, override: LayerOverride | None, backend: Backend) -> str:
+    weight = weight_node(layer)
+    if override is not None and override.leave_float:
+        return f"the recipe asks for it ({override.pattern})"
+    if weight.op != "get_attr":
+        return "its weight is computed from the input"
+    if weight.meta["val"].dtype not in (torch.float32, torch.float64):
+        return f"its weight is {weight.meta['val'].dtype}, too coarse to round, unlike float32"
+    return "" if layer.target in backend.weight_ops else f"backend {backend.name} does not quantize such a layer"
 
 
 def _layer_bits(recipe: Recipe, index: int, edge: bool, override: LayerOverride | None) -> tuple[int, int | None]:
@@ -157,26 +218,41 @@ def _annotate_activation(annotations: dict[fx.Node, Annotation], node: fx.Node, 
     annotations[node] = Annotation(bits, recipe.activations.symmetric)
 
 
-def _overrides(names: list[str], overrides: tuple[LayerOverride, ...]) -> dict[str, LayerOverride]:
-    """Return each layer's override; of several patterns that fit a layer, the last one to give a number holds.
+def _overrides(layers: dict[str, fx.Node], overrides: tuple[LayerOverride, ...]) -> dict[str, LayerOverride]:
+    """Return each layer's override; of several that fit a layer, the last one to give a number holds.
 
-    A pattern for a module that is called several times (``conv``, ``conv:conv2d_1``) fits every call.
+    Whether the layer is left float is what the last one of all says. A pattern for a module that is called several
+    times (``conv``, ``conv:conv2d_1``) fits every call.
     """
     found: dict[str, LayerOverride] = {}
     for override in overrides:
-        fitting = [n for n in names if any(fnmatchcase(m, override.pattern) for m in (n, n.partition(":")[0]))]
+        names = {name: _names_of(name, layer, override.pattern) for name, layer in layers.items()}
+        fitting = [n for n, known in names.items() if any(fnmatchcase(k, override.pattern) for k in known)]
         if not fitting:
+            known = list(dict.fromkeys(k for group in names.values() for k in group))
             raise RecipeError(
-                f"layers: pattern {override.pattern!r} fits no weight layer.{nearest_name(override.pattern, names)}"
+                f"layers: pattern {override.pattern!r} fits no weight layer.{nearest_name(override.pattern, known)}"
             )
         for name in fitting:
             before = found.get(name, override)
-            found[name] = replace(
-                override,
-                weight_bits=override.weight_bits or before.weight_bits,
-                activation_bits=override.activation_bits or before.activation_bits,
+            found[name] = (
+                override
+                if override.leave_float
+                else replace(
+                    override,
+                    weight_bits=override.weight_bits or before.weight_bits,
+                    activation_bits=override.activation_bits or before.activation_bits,
+                )
             )
     return found
+
+
+def _names_of(name: str, layer: fx.Node, pattern: str) -> list[str]:
+    """What ``pattern`` is compared with: a layer's types if it begins with ``type:``, else its names."""
+    if not pattern.startswith(TYPE):
+        return [name, name.partition(":")[0]]
+    classes = [kind.rpartition(".")[2] for _, kind in reversed(module_stack(layer))]
+    return [f"{TYPE}{kind}" for kind in (WEIGHT_OPS[layer.target].name, *classes)]  # type: ignore[index]
 
 
 def _layer_name(node: fx.Node) -> str:

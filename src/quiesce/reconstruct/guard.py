@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from quiesce.reconstruct.streams import Network, Streams, Tensors
 
 
@@ -56,9 +54,4 @@ class Guard:
         return {name: t[self.first :] for name, t in tensors.items()}
 
     def _error(self, outputs: Tensors) -> float:
-        noise = energy = 0.0
-        for name in self.network.outputs:
-            target = self._float[name].to(torch.float64)
-            noise += (outputs[name].to(torch.float64) - target).square().sum().item()
-            energy += target.square().sum().item()
-        return noise / energy if energy > 0 else noise
+        return self.network.output_error(outputs, self._float)

@@ -42,6 +42,10 @@ class Job:
     regularizer_weight: float
     fisher: Tensors | None = None
 
+    def learns(self, unit: Unit) -> bool:
+        """False for a unit that is left float: it has nothing to optimize."""
+        return self.network.learns(unit.start, unit.stop, self.reconstruction.learn_step_sizes)
+
 
 @dataclass
 class Pass:
@@ -73,10 +77,14 @@ def measure_pass(job: Job) -> Pass:
 def layer_pass(job: Job, layers: Sequence[Unit], progress: Progress) -> Pass:
     """Reconstruct units that are finer than modules, one after another."""
     began = time.perf_counter()
-    progress.plan(len(layers) * job.reconstruction.steps)
+    steps = [job.reconstruction.steps * job.learns(layer) for layer in layers]
+    progress.plan(sum(steps))
     restore(job.network.gm, job.initial)
     walk = _Walk(job)
-    records = [walk.optimize(layer, list(layer.layers), job.reconstruction.steps, False, progress) for layer in layers]
+    records = [
+        walk.optimize(layer, list(layer.layers), number, False, progress)
+        for layer, number in zip(layers, steps, strict=True)
+    ]
     return Pass(snapshot(job.network.gm), [], records, walk.losses, time.perf_counter() - began)
 
 
@@ -127,14 +135,20 @@ class _Walk:
                 self.losses.append(loss)
 
     def optimize(self, unit: Unit, names: list[str], steps: int, warm: bool, progress: Progress) -> UnitRecord:
-        """Optimize the unit that starts here and move behind it."""
+        """Optimize the unit that starts here, for no steps if it has nothing to learn, and move behind it."""
         began = time.perf_counter()
         progress.enter(unit.name)
+        curve = self._learn(unit, steps, warm, progress) if steps else []
+        seconds = time.perf_counter() - began
+        self.advance(unit.stop)
+        return UnitRecord(names, steps, seconds, curve)
+
+    def _learn(self, unit: Unit, steps: int, warm: bool, progress: Progress) -> list[list[float]]:
         job = self.job
         generator = torch.Generator(device=next(iter(job.inputs.values())).device)
         # A seed per unit: a unit's draws do not depend on what was optimized, or reused, before it.
         generator.manual_seed((job.recipe.seed * 1_000_003 + unit.start) % 2**63)
-        curve = optimize(
+        return optimize(
             self._problem(unit),
             job.reconstruction,
             steps=steps,
@@ -143,9 +157,6 @@ class _Walk:
             generator=generator,
             on_step=progress.tick,
         )
-        seconds = time.perf_counter() - began
-        self.advance(unit.stop)
-        return UnitRecord(names, steps, seconds, curve)
 
     def _problem(self, unit: Unit) -> Problem:
         job, network, images = self.job, self.job.network, self.job.images
@@ -259,9 +270,11 @@ class _GroupWalk(_Walk):
         self.records.append(record)
 
     def _steps(self, group: list[int]) -> int:
+        """Steps of all its modules, or of one; modules with nothing to learn do not count."""
         granularity = self.job.recipe.granularity
-        modules = len(group) if granularity is not None and granularity.steps_per_module else 1
-        return self.job.reconstruction.steps * modules
+        learning = sum(self.job.learns(self.job.modules[i]) for i in group)
+        per_module = granularity is not None and granularity.steps_per_module
+        return self.job.reconstruction.steps * (learning if per_module else min(learning, 1))
 
     def _unit(self, group: list[int]) -> Unit:
         first, last = self.job.modules[group[0]], self.job.modules[group[-1]]

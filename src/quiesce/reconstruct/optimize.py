@@ -47,7 +47,10 @@ def optimize(
     generator: torch.Generator,
     on_step: Callable[[], None],
 ) -> list[list[float]]:
-    """Learn the unit's state in place, harden it, and return the loss curve (pairs ``[step, loss]``)."""
+    """Learn the unit's state in place, harden it, and return the loss curve (pairs ``[step, loss]``).
+
+    The unit must have something to learn (:meth:`~quiesce.reconstruct.streams.Network.learns`).
+    """
     drop = Drop(recipe.drop_prob, generator) if recipe.drop_prob > 0 else None
     learned = _Learned.attach(problem.module, recipe, warm, drop)
     try:
@@ -100,9 +103,8 @@ def _run(
     images, device = problem.targets[0].shape[0], problem.targets[0].device
     order = _batch_order(images, steps, recipe.batch_size, generator, problem.together)
     roundings = learned.roundings()
-    optimizers = [torch.optim.Adam([r.V for r in roundings], lr=recipe.rounding_lr, fused=True)]
-    if learned.step_sizes:
-        optimizers.append(torch.optim.Adam(learned.step_sizes, lr=recipe.step_size_lr, fused=True))
+    step_sizes = _adam(learned.step_sizes, recipe.step_size_lr)
+    optimizers = _adam([r.V for r in roundings], recipe.rounding_lr) + step_sizes
     floors = [scale.detach() * 1e-3 for scale in learned.step_sizes]
     losses = torch.zeros(steps, device=device)
     betas = torch.tensor([_beta(t, steps, recipe) for t in range(steps)], device=device)
@@ -111,17 +113,22 @@ def _run(
         index = order[step]
         loss = _loss(problem, index, drop)
         losses[step].copy_(loss.detach())
-        if step >= warmup and regularizer_weight > 0:
+        if step >= warmup and regularizer_weight > 0 and roundings:
             loss = loss + regularizer_weight * torch.stack([r.regularizer(betas[step]) for r in roundings]).sum()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        _set_cosine(optimizers[1:], recipe.step_size_lr, step / steps)
+        _set_cosine(step_sizes, recipe.step_size_lr, step / steps)
         for optimizer in optimizers:
             optimizer.step()
         _keep_positive(learned.step_sizes, floors)
         on_step()
     return _curve(losses)
+
+
+def _adam(variables: list[Tensor], rate: float) -> list[torch.optim.Adam]:
+    """An optimizer, or none where there is nothing to learn: a unit may have float weights, or step sizes only."""
+    return [torch.optim.Adam(variables, lr=rate, fused=True)] if variables else []
 
 
 def _batch_order(images: int, steps: int, batch_size: int, generator: torch.Generator, together: int) -> Tensor:

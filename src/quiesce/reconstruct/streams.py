@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.graph.unit import boundary, compute_nodes, extract
-from quiesce.quant.fake_quantize import float_mode
+from quiesce.quant.fake_quantize import WeightFakeQuantize, float_mode
 
 Tensors = dict[str, Tensor]
 """Tensors [images, ...] by node name."""
@@ -38,6 +38,16 @@ class Network:
     def end(self) -> int:
         return len(self.nodes)
 
+    def learns(self, start: int, stop: int, step_sizes: bool) -> bool:
+        """True when the stretch ``[start, stop)`` has a rounding to learn, or an activation's step size if these are.
+
+        A stretch whose weights are left float, and whose inputs nothing quantizes, has neither.
+        """
+        inside = self.nodes[start:stop]
+        read = [n for node in inside for n in node.all_input_nodes if n.op == "call_module"]
+        weights = any(isinstance(getattr(self.gm, str(n.target)), WeightFakeQuantize) for n in read)
+        return weights or (step_sizes and any(n.op == "call_module" for n in inside))
+
     @torch.no_grad()
     def run(self, start: int, stop: int, tensors: Tensors, batch: int, *, quantized: bool) -> Tensors:
         """Run the stretch ``[start, stop)`` on ``tensors`` in batches; return what is alive behind it."""
@@ -52,6 +62,18 @@ class Network:
                 made[name].append(value)
         alive = {name: t for name, t in tensors.items() if self._last_use.get(name, -1) >= stop}
         return alive | {name: torch.cat(parts) for name, parts in made.items()}
+
+    def output_error(self, outputs: Tensors, reference: Tensors) -> float:
+        """Return E‖ŷ − y‖² / E‖y‖² of the network's ``outputs`` against ``reference`` (E‖ŷ − y‖² where y is all zeros).
+
+        It is the inverse of the outputs' signal-to-noise ratio.
+        """
+        noise = energy = 0.0
+        for name in self.outputs:
+            target = reference[name].to(torch.float64)
+            noise += (outputs[name].to(torch.float64) - target).square().sum().item()
+            energy += target.square().sum().item()
+        return noise / energy if energy > 0 else noise
 
 
 def _forward(module: fx.GraphModule, inputs: list[Tensor], quantized: bool) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from quiesce.precision.sensitivity import Sensitivity
 from quiesce.result import Run, UnitRecord
 
 if TYPE_CHECKING:
@@ -133,6 +134,32 @@ def unit_losses(run: Run) -> str:
             _unit_panel(axes, record, first_column=i % columns == 0, last=i + columns >= len(records))
         falls = "; ".join(_fall(record) for record in records if record.loss_curve)
         return _svg(figure, f"Loss over the optimization steps of {len(records)} units. {falls}.")
+
+
+def sensitivities(found: Sensitivity) -> str:
+    """Draw the output error of each layer quantized alone, on a logarithmic scale and in network order.
+
+    Bars are weight and input as the recipe has them; markers are the weight alone, a series for each number of bits.
+    """
+    names = [row.layer for row in found.layers]
+    bits = sorted({b for row in found.layers for b in row.weight_errors})
+    with _figure(_figure_width(names), 360 + _name_height(names)) as figure:
+        axes = figure.subplots()
+        errors = [row.error for row in found.layers]
+        bars: dict[str, Any] = {"color": _PLAIN_BAR, "edgecolor": _INK, "linewidth": 0.6, "label": "weight and input"}
+        axes.bar(range(len(names)), errors, width=0.7, **bars)
+        for i, b in enumerate(bits, 1):
+            series = [row.weight_errors.get(b, math.nan) or math.nan for row in found.layers]
+            look = {**_line_look(i, last=False), "linestyle": "none"}
+            axes.plot(range(len(names)), series, label=f"weight alone, {b} bits", **look)
+        _value_axis(
+            axes, [*errors, *(e for row in found.layers for e in row.weight_errors.values())], "error", bars=True
+        )
+        _module_axis(axes, names)
+        figure.legend(loc="outside upper left", ncols=5)
+        worst = found.ranked[:3]
+        told = ", ".join(f"{row.layer} ({number(row.error)})" for row in worst)
+        return _svg(figure, f"Output error of each of {len(names)} layers quantized alone. Largest: {told}.")
 
 
 def merge_outcomes(run: Run) -> dict[tuple[str, ...], str]:
@@ -399,6 +426,8 @@ def _unit_panel(axes: Axes, record: UnitRecord, first_column: bool, last: bool) 
 
 def _fate(record: UnitRecord) -> str:
     curve = record.loss_curve
+    if not record.steps:
+        return "nothing to learn"
     told = [f"{number(curve[0][1])} → {number(curve[-1][1])}" if curve else "no curve recorded"]
     return ", ".join(told + (["reused"] if record.reused else [f"{record.seconds:.1f} s"]))
 
