@@ -21,6 +21,7 @@ from quiesce.export.export import Export
 from quiesce.export.onnx import export_onnx
 from quiesce.export.openvino import export_openvino
 from quiesce.export.program import export_program
+from quiesce.graph.attention import split_attention
 from quiesce.graph.backends import BACKENDS
 from quiesce.graph.bias import make_room_for_biases, round_biases
 from quiesce.graph.calibrate import calibrate
@@ -267,6 +268,7 @@ def prepare(
     _check_batch(recipe, len(samples) - holdout)
     captured = _captured(model, samples, where)
     folded, left = fold(captured)
+    folded = split_attention(folded)
     graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
     check_storable(graph)
     modules = partition(graph, "block")
@@ -356,6 +358,7 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
             method="modcap", k=settings.k, lam=settings.lam, alpha=settings.alpha, max_modules=settings.max_modules
         )
     graph, _ = fold(_captured(model, example, _device_of(model)))
+    graph = split_attention(graph)
     graph = insert(graph, annotate(graph, BACKENDS[recipe.backend], recipe))
     units = partition(graph, "block")
     names = [u.name for u in units]

@@ -20,6 +20,7 @@ from quiesce.graph.ops import (
     input_node,
     is_relu,
     is_weight_op,
+    matmul_operands,
     operands,
     origin,
     upper_bound,
@@ -112,6 +113,8 @@ def _further_tensors(gm: fx.GraphModule, backend: Backend) -> Iterator[fx.Node]:
     for node in gm.graph.nodes:
         if node.target in backend.input_ops:
             yield from (origin(tensor, backend.pass_ops) for tensor in operands(node))
+        if node.target in backend.matmul_ops:
+            yield from (origin(tensor, backend.pass_ops) for tensor in matmul_operands(node))
         if node.target in backend.skip_ops:
             yield from (origin(tensor, backend.pass_ops) for tensor in _skips(operands(node)))
         if node.target in backend.output_ops:
