@@ -2,10 +2,13 @@
 
     apt install dataset-fashion-mnist
     pip install timm
-    python benchmarks/vision_transformer.py train [--data FOLDER] [--epochs N] [--seed N]
+    python benchmarks/vision_transformer.py train [--epochs N] [--seed N]
+    python benchmarks/vision_transformer.py tune
+    python benchmarks/vision_transformer.py test
 
-The images are split as ``train_demo.py`` splits them: the tuning images serve for choices, the test set for final
-numbers only. The weights are kept in float16, and it is those that every number is about.
+The images are split as ``train_demo.py`` splits them: the 2,000 tuning images serve for choices (``tune``: each option
+of attention on and off), the 10,000 test images for final numbers only (``test``). Calibration images are 512 of the
+training images, drawn by seed. The weights are kept in float16, and it is those that every number is about.
 """
 
 from __future__ import annotations
@@ -24,9 +27,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from train_demo import DATA, augment, rate_factor, read_set, split, tensors, top1
 
+from quiesce import Recipe
 from quiesce.demo import normalize
+from quiesce.pipeline import prepare, run
+from quiesce.result import hardware, versions
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results/vision_transformer.json"
 WEIGHTS = HERE / "weights/vision_transformer.safetensors"
 MODEL = "vit_tiny_patch16_224"
 SHAPE = {"img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10, "embed_dim": 96, "depth": 6, "num_heads": 3}
@@ -37,6 +44,20 @@ RECIPE = {
     "loss": f"cross-entropy, label smoothing {LABEL_SMOOTHING}",
     "augmentation": "random mirroring, shifts by up to 2 pixels",
 }
+
+
+CALIBRATION, SEEDS = 512, (0, 1, 2)
+MINMAX = {"weights.range": "minmax", "activations.range": "minmax"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "softmax log2": {"activations.softmax": "log2"},
+    "softmax log-sqrt2": {"activations.softmax": "log-sqrt2"},
+    "gelu twin": {"activations.gelu": "twin"},
+    "layer norms reparameterized": {"activations.layer_norm": "reparameterized"},
+}
+TUNED = ("nearest", "qdrop-fast")
+CHOSEN: dict[str, Any] = {}
+"""What ``tune`` chose."""
 
 
 def network() -> nn.Module:
@@ -118,22 +139,109 @@ def train_and_write(options: argparse.Namespace) -> None:
     options.weights.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def drawn(images: np.ndarray, training: np.ndarray, seed: int) -> Tensor:
+    """Return the normalized calibration images of ``seed``."""
+    index = np.random.default_rng(seed).choice(training, CALIBRATION, replace=False)
+    return normalize(torch.from_numpy(images[index]))
+
+
+def measure(
+    presets: tuple[str, ...],
+    settings: dict[str, Any],
+    seed: int,
+    calibration: Tensor,
+    evaluation: tuple[Tensor, Tensor],
+) -> list[dict[str, Any]]:
+    """Quantize with each preset from one calibrated start, and return a row each."""
+    images, labels = evaluation
+    recipes = [Recipe.preset(preset, seed=seed, **settings) for preset in presets]
+    prepared = prepare(trained(), calibration, recipes[0], evaluate=[(normalize(images), labels)])
+    rows = []
+    for recipe in recipes:
+        (done,), _ = run(prepared, recipe)
+        row = {"preset": recipe.name, "seed": seed, "top1": done.top1, "sqnr_db": done.sqnr_db, "seconds": done.seconds}
+        rows.append(row)
+        print(settings, row, flush=True)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean and standard deviation over the seeds."""
+    top1, sqnr = ([row[key] for row in rows] for key in ("top1", "sqnr_db"))
+    return {"top1": float(np.mean(top1)), "top1_std": float(np.std(top1, ddof=1)), "sqnr_db": float(np.mean(sqnr))}
+
+
+def by_preset(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    presets = dict.fromkeys(row["preset"] for row in rows)
+    return {
+        preset: {**summary(own), "seeds": own}
+        for preset in presets
+        for own in [[r for r in rows if r["preset"] == preset]]
+    }
+
+
+def tune(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure each option by itself on the tuning images."""
+    images, labels = read_set(options.data, "train")
+    parts = split(len(images), 0)
+    evaluation = tensors(images, labels, parts["tuning"])
+    found: dict[str, Any] = {"float": {"top1": top1(trained(), *evaluation)}}
+    for name in options.options or OPTIONS:
+        rows: list[dict[str, Any]] = []
+        for seed in SEEDS[: options.seeds]:
+            rows += measure(TUNED, OPTIONS[name], seed, drawn(images, parts["training"], seed), evaluation)
+        found[name] = {"settings": OPTIONS[name], **by_preset(rows)}
+    return found
+
+
+def test(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure nearest rounding and reconstruction on the test images, with the settings that tuning chose."""
+    images, labels = read_set(options.data, "train")
+    parts = split(len(images), 0)
+    evaluation = tensors(*read_set(options.data, "t10k"), slice(None))
+    found: dict[str, Any] = {"float": {"top1": top1(trained(), *evaluation)}, "settings": CHOSEN}
+    starts = {"min-max": (("nearest",), MINMAX), "L_p": (("nearest", "brecq-fast", "qdrop-fast"), CHOSEN)}
+    for name, (presets, settings) in starts.items():
+        rows: list[dict[str, Any]] = []
+        for seed in SEEDS:
+            rows += measure(presets, settings, seed, drawn(images, parts["training"], seed), evaluation)
+        found[name] = by_preset(rows)
+    return found
+
+
+def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Put the results of one part into the file of all."""
+    known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    about = {"versions": versions(), "hardware": hardware(torch.device("cpu")), "bits": "W4A4, first and last layer 8"}
+    known[options.part] = {**about, "calibration_images": CALIBRATION, **results}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train and quantize a small vision transformer.")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four idx files (default: %(default)s)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=1)
     parts = parser.add_subparsers(dest="part", required=True)
     training = parts.add_parser("train", help="train the float network")
     training.add_argument("--epochs", type=int, default=24)
     training.add_argument("--seed", type=int, default=0)
+    tuning = parts.add_parser("tune", help="measure each option on the tuning images")
+    tuning.add_argument("--options", nargs="+", choices=list(OPTIONS), help="only these")
+    tuning.add_argument("--seeds", type=int, default=2)
+    parts.add_parser("test", help="measure on the test images")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    train_and_write(options)
+    if options.part == "train":
+        train_and_write(options)
+    else:
+        write(options, tune(options) if options.part == "tune" else test(options))
 
 
 if __name__ == "__main__":

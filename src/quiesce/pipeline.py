@@ -27,6 +27,7 @@ from quiesce.graph.bias import make_room_for_biases, round_biases
 from quiesce.graph.calibrate import calibrate
 from quiesce.graph.capture import capture, interface_of
 from quiesce.graph.fold import LeftBatchNorm, fold
+from quiesce.graph.layer_norm import LeftLayerNorm, reparameterize
 from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
 from quiesce.graph.partition import partition
 from quiesce.graph.place import annotate, end_grids_at_bounds, insert
@@ -224,7 +225,7 @@ class Prepared:
     """The float network's outputs on the evaluation data."""
     float_metrics: Metrics | None
     name: str
-    left: list[LeftBatchNorm]
+    left: list[LeftBatchNorm | LeftLayerNorm]
     seconds: float
     device: torch.device
 
@@ -268,7 +269,7 @@ def prepare(
     _check_batch(recipe, len(samples) - holdout)
     captured = _captured(model, samples, where)
     folded, left = fold(captured)
-    folded = split_attention(folded)
+    folded, left_norms = _reparameterized(split_attention(folded), samples, recipe)
     graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
     check_storable(graph)
     modules = partition(graph, "block")
@@ -296,7 +297,7 @@ def prepare(
         reference=reference,
         float_metrics=metrics,
         name=name or type(model).__name__,
-        left=left,
+        left=[*left, *left_norms],
         seconds=time.perf_counter() - began,
         device=where,
     )
@@ -379,6 +380,13 @@ def _captured(model: nn.Module | ExportedProgram, samples: Samples, device: torc
     graph = follow_tensors(capture(model, example.to(_device_of(model))).to(device))
     _check_captured(graph, samples)
     return graph
+
+
+def _reparameterized(
+    graph: fx.GraphModule, samples: Samples, recipe: Recipe
+) -> tuple[fx.GraphModule, list[LeftLayerNorm]]:
+    wanted = recipe.activations.layer_norm == "reparameterized" and recipe.activations.bits is not None
+    return reparameterize(graph, samples, recipe) if wanted else (graph, [])
 
 
 def _check_captured(graph: fx.GraphModule, samples: Samples) -> None:

@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float mask with an empty row": {"mask": BIAS.masked_fill(~EMPTY_ROW, float("-inf"))},
     "bool mask": {"mask": HALF},
     "bool mask with an empty row": {"mask": EMPTY_ROW},
-    "computed bool mask": {"mask": lambda x: (x[:, None, None, :, 0] > 0)},
+    "computed bool mask": {"mask": lambda x: x[:, None, None, :, 0] > 0},
     "computed float mask": {"mask": lambda x: x[:, None, :, :TOKENS]},
     "computed float mask with -inf": {"mask": lambda x: torch.where(x[:, None, None, :, 0] > 0, 0.0, float("-inf"))},
     "grouped queries": {"heads": 6, "kv_heads": 2, "enable_gqa": True},
@@ -122,7 +122,9 @@ def test_the_graph_given_is_not_changed_and_values_have_their_shapes() -> None:
     before = [str(n) for n in gm.graph.nodes]
     split = split_attention(gm)
     assert [str(n) for n in gm.graph.nodes] == before
-    shapes = [tuple(n.meta["val"].shape[1:]) for n in split.graph.find_nodes(op="call_function", target=aten.softmax.int)]
+    shapes = [
+        tuple(n.meta["val"].shape[1:]) for n in split.graph.find_nodes(op="call_function", target=aten.softmax.int)
+    ]
     assert shapes == [(3, TOKENS, TOKENS)]
     products = split.graph.find_nodes(op="call_function", target=aten.matmul.default)
     assert all(n.meta["nn_module_stack"] for n in products)

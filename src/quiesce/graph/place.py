@@ -16,7 +16,9 @@ from torch import fx
 from quiesce.errors import ModelError, RecipeError, nearest_name
 from quiesce.graph.backends.backend import Backend
 from quiesce.graph.ops import (
+    PASS_OPS,
     WEIGHT_OPS,
+    aten,
     input_node,
     is_relu,
     is_weight_op,
@@ -155,7 +157,17 @@ def _layer_bits(recipe: Recipe, index: int, edge: bool, override: LayerOverride 
 def _annotate_activation(annotations: dict[fx.Node, Annotation], node: fx.Node, bits: int, recipe: Recipe) -> None:
     known = annotations.get(node)
     bits = bits if known is None else max(bits, known.bits)
-    annotations[node] = Annotation(bits, recipe.activations.symmetric)
+    grid = _grid(node, recipe)
+    annotations[node] = Annotation(bits, recipe.activations.symmetric and grid == "uniform", grid=grid)
+
+
+def _grid(node: fx.Node, recipe: Recipe) -> str:
+    """Return the grid that fits how the node's values are spread."""
+    while node.target in PASS_OPS or node.target is aten.masked_fill.Scalar:  # of rows that a mask hides
+        node = input_node(node)
+    if node.target is aten.softmax.int:
+        return recipe.activations.softmax
+    return recipe.activations.gelu if node.target is aten.gelu.default else "uniform"
 
 
 def _overrides(names: list[str], overrides: tuple[LayerOverride, ...]) -> dict[str, LayerOverride]:
