@@ -25,12 +25,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from train_demo import DATA, augment, rate_factor, read_set, split, tensors, top1
 
 from quiesce import Recipe
 from quiesce.demo import normalize
 from quiesce.pipeline import prepare, run
 from quiesce.result import hardware, versions
+from train_demo import DATA, augment, rate_factor, read_set, split, tensors, top1
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results/vision_transformer.json"
@@ -189,14 +189,14 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
     for name in options.options or OPTIONS:
         rows: list[dict[str, Any]] = []
         for seed in SEEDS[: options.seeds]:
-            rows += measure(TUNED, OPTIONS[name], seed, drawn(images, parts["training"], seed), evaluation)
+            rows += measure(TUNED, OPTIONS[name], seed, drawn(images, parts["training"], seed), *evaluation)
         found[name] = {"settings": OPTIONS[name], **by_preset(rows)}
     return found
 
 
 def test(options: argparse.Namespace) -> dict[str, Any]:
     """Measure nearest rounding and reconstruction on the test images, with the settings that tuning chose."""
-    images, labels = read_set(options.data, "train")
+    images, _ = read_set(options.data, "train")
     parts = split(len(images), 0)
     evaluation = tensors(*read_set(options.data, "t10k"), slice(None))
     found: dict[str, Any] = {"float": {"top1": top1(trained(), *evaluation)}, "settings": CHOSEN}
@@ -204,7 +204,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
     for name, (presets, settings) in starts.items():
         rows: list[dict[str, Any]] = []
         for seed in SEEDS:
-            rows += measure(presets, settings, seed, drawn(images, parts["training"], seed), evaluation)
+            rows += measure(presets, settings, seed, drawn(images, parts["training"], seed), *evaluation)
         found[name] = by_preset(rows)
     return found
 
