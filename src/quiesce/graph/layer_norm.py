@@ -2,7 +2,7 @@
 
 Channels of a layer norm's output differ widely in range, and one grid for all of them suits few. Where only linear
 layers read it, the difference can be moved into their weights (RepQ-ViT, arXiv 2212.08254, section 3.2). With scale
-s_c and zero point z_c of each channel c, their means s̃ and z̃ (rounded), r = s / s̃ and t = s · (z − z̃),
+s_c and zero point z_c of each channel c, their means s̃ and z̃ (a whole number), r = s / s̃ and t = s · (z − z̃),
 
     γ' = γ / r        β' = (β + t) / r        W' = W diag(r)        b' = b − W t
 
@@ -23,7 +23,7 @@ from quiesce.data import Samples
 from quiesce.graph.capture import interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, weight_node
 from quiesce.graph.rewrite import add_tensor, tidy
-from quiesce.quant.ranges import find_range, scale_and_zero_point
+from quiesce.quant.ranges import find_range
 from quiesce.quant.spec import QuantizationSpec
 from quiesce.recipe import Recipe
 
@@ -74,54 +74,68 @@ def _affine(norm: fx.Node) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def _observed(gm: fx.GraphModule, norms: list[fx.Node], samples: Samples, recipe: Recipe) -> dict[fx.Node, Tensor]:
-    """Return values [channels, values] of each norm, of as many random rows of every image."""
+    """Return values [channels, values] of each norm."""
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(gm.graph, mapped)
     graph.output(tuple(mapped[n] for n in norms))
     network = fx.GraphModule(gm, graph)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    rows_per_image = -(-SAMPLED_VALUES // len(samples))
-    found: dict[fx.Node, list[Tensor]] = {n: [] for n in norms}
+    rows = {n: _Rows(-(-SAMPLED_VALUES // len(samples)), recipe.seed) for n in norms}
     for batch in samples.batches(recipe.calibration_batch):
         for node, y in zip(norms, network(*interface_of(gm).flatten(batch.args, batch.kwargs)), strict=True):
-            rows = y.reshape(-1, y.shape[-1])
-            chosen = torch.randint(len(rows), (rows_per_image * len(batch),), generator=generator)
-            found[node].append(rows[chosen.to(rows.device)])
-    return {node: torch.cat(parts).T.double() for node, parts in found.items()}
+            rows[node].add(y, len(batch))
+    return {node: torch.cat(seen.found).T.double() for node, seen in rows.items()}
 
 
-def _channel_grids(values: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point [channels]; a channel without a range of its own has the mean ones."""
+class _Rows:
+    """Rows over the channels, as many of each image whatever the batches; all where there are no more."""
+
+    def __init__(self, per_image: int, seed: int) -> None:
+        self.per_image = per_image
+        self.generator = torch.Generator().manual_seed(seed)
+        self.found: list[Tensor] = []
+
+    def add(self, y: Tensor, images: int) -> None:
+        rows = y.reshape(images if (y.numel() // y.shape[-1]) % images == 0 else 1, -1, y.shape[-1])
+        if self.per_image < rows.shape[1]:
+            index = torch.randint(rows.shape[1], (len(rows), self.per_image), generator=self.generator)
+            rows = rows[torch.arange(len(rows))[:, None], index.to(rows.device)]
+        self.found.append(rows.flatten(0, 1))
+
+
+def _channel_grids(values: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scale and zero point [channels], and the zero point of all; a flat channel has the mean scale.
+
+    A channel's grid need not hold 0, as that of a tensor must: its range is found around its mean.
+    """
     settings = recipe.activations
     assert settings.bits is not None
     spec = QuantizationSpec(settings.bits, settings.symmetric)
-    low, high = find_range(values, spec, settings.range, settings.percentile)
-    scale, zero_point = scale_and_zero_point(low, high, spec)
-    flat = (values.amax(1) - values.amin(1)) <= 1e-6 * values.abs().amax()
-    if flat.all():
-        return torch.ones_like(scale), torch.zeros_like(zero_point)
-    return (
-        torch.where(flat, scale[~flat].mean(), scale),
-        torch.where(flat, zero_point[~flat].mean().round(), zero_point),
-    )
+    centre = values.mean(dim=1)
+    low, high = find_range(values - centre[:, None], spec, settings.range, settings.percentile)
+    scale = (high - low) / (spec.quant_max - spec.quant_min)
+    flat = scale <= 1e-6 * values.abs().amax()
+    scale = torch.where(flat, 1.0 if flat.all() else scale[~flat].mean(), scale)
+    zero_point = spec.quant_min - torch.round((centre + low) / scale)
+    common = zero_point.mean().round().clamp(spec.quant_min, spec.quant_max)
+    return scale, zero_point, torch.zeros_like(common) if spec.symmetric else common
 
 
-def _rescale(gm: fx.GraphModule, norm: fx.Node, scale: Tensor, zero_point: Tensor) -> None:
+def _rescale(gm: fx.GraphModule, norm: fx.Node, scale: Tensor, zero_point: Tensor, common: Tensor) -> None:
     ratio = scale / scale.mean()
-    shift = scale * (zero_point - zero_point.mean().round())
+    shift = scale * (zero_point - common)
     gain, offset = (None if n is None else getattr(gm, n.target) for n in _affine(norm))
-    like = norm.meta["val"].dtype
+    dtype = norm.meta["val"].dtype
     new_gain = (1 if gain is None else gain.double()) / ratio
     new_offset = (shift if offset is None else offset.double() + shift) / ratio
-    linears = list(norm.users)
     with gm.graph.inserting_before(norm):
-        affine = [
-            _constant(gm, f"{norm.name}_{n}", t.to(like)) for n, t in (("gain", new_gain), ("offset", new_offset))
-        ]
+        affine = (
+            _constant(gm, f"{norm.name}_gain", new_gain.to(dtype)),
+            _constant(gm, f"{norm.name}_offset", new_offset.to(dtype)),
+        )
     norm.args = (*norm.args[:2], *affine, *norm.args[4:])
     norm.kwargs = {k: v for k, v in norm.kwargs.items() if k not in ("weight", "bias")}
-    for linear in linears:
+    for linear in list(norm.users):
         _absorb(gm, linear, ratio, shift)
 
 
