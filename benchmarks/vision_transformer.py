@@ -47,7 +47,6 @@ RECIPE = {
 
 
 CALIBRATION, SEEDS = 512, (0, 1, 2)
-MINMAX = {"weights.range": "minmax", "activations.range": "minmax"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "softmax log2": {"activations.softmax": "log2"},
@@ -56,8 +55,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "layer norms reparameterized": {"activations.layer_norm": "reparameterized"},
 }
 TUNED = ("nearest", "qdrop-fast")
-CHOSEN: dict[str, Any] = {}
-"""What ``tune`` chose."""
+RECONSTRUCTED = ("nearest", "brecq-fast", "qdrop-fast")
+TESTED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "min-max": (("nearest",), {"weights.range": "minmax", "activations.range": "minmax"}),
+    "defaults": (RECONSTRUCTED, {}),
+}
 
 
 def network() -> nn.Module:
@@ -186,34 +188,32 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
     parts = split(len(images), 0)
     evaluation = tensors(images, labels, parts["tuning"])
     found: dict[str, Any] = {"float": {"top1": top1(trained(), *evaluation)}}
-    for name in options.options or OPTIONS:
-        rows: list[dict[str, Any]] = []
-        for seed in SEEDS[: options.seeds]:
-            rows += measure(TUNED, OPTIONS[name], seed, drawn(images, parts["training"], seed), *evaluation)
+    for name in options.rows or OPTIONS:
+        calibrations = {seed: drawn(images, parts["training"], seed) for seed in SEEDS[: options.seeds]}
+        rows = [r for seed, x in calibrations.items() for r in measure(TUNED, OPTIONS[name], seed, x, *evaluation)]
         found[name] = {"settings": OPTIONS[name], **by_preset(rows)}
     return found
 
 
 def test(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure nearest rounding and reconstruction on the test images, with the settings that tuning chose."""
+    """Measure nearest rounding and reconstruction on the test images."""
     images, _ = read_set(options.data, "train")
     parts = split(len(images), 0)
     evaluation = tensors(*read_set(options.data, "t10k"), slice(None))
-    found: dict[str, Any] = {"float": {"top1": top1(trained(), *evaluation)}, "settings": CHOSEN}
-    starts = {"min-max": (("nearest",), MINMAX), "L_p": (("nearest", "brecq-fast", "qdrop-fast"), CHOSEN)}
-    for name, (presets, settings) in starts.items():
-        rows: list[dict[str, Any]] = []
-        for seed in SEEDS:
-            rows += measure(presets, settings, seed, drawn(images, parts["training"], seed), *evaluation)
-        found[name] = by_preset(rows)
+    found: dict[str, Any] = {"float": {"top1": top1(trained(), *evaluation)}}
+    for name in options.rows or TESTED:
+        presets, settings = TESTED[name]
+        calibrations = {seed: drawn(images, parts["training"], seed) for seed in SEEDS}
+        rows = [r for seed, x in calibrations.items() for r in measure(presets, settings, seed, x, *evaluation)]
+        found[name] = {"settings": settings, **by_preset(rows)}
     return found
 
 
-def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Put the results of one part into the file of all."""
+def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Put the rows of one part into the file of all."""
     known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    about = {"versions": versions(), "hardware": hardware(torch.device("cpu")), "bits": "W4A4, first and last layer 8"}
-    known[options.part] = {**about, "calibration_images": CALIBRATION, **results}
+    about = {"versions": versions(), "hardware": hardware(torch.device("cpu")), "calibration_images": CALIBRATION}
+    known[options.part] = known.get(options.part, {}) | about | found
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
@@ -229,9 +229,10 @@ def parse() -> argparse.Namespace:
     training.add_argument("--epochs", type=int, default=24)
     training.add_argument("--seed", type=int, default=0)
     tuning = parts.add_parser("tune", help="measure each option on the tuning images")
-    tuning.add_argument("--options", nargs="+", choices=list(OPTIONS), help="only these")
+    tuning.add_argument("--rows", nargs="+", choices=list(OPTIONS), help="only these")
     tuning.add_argument("--seeds", type=int, default=2)
-    parts.add_parser("test", help="measure on the test images")
+    testing = parts.add_parser("test", help="measure on the test images")
+    testing.add_argument("--rows", nargs="+", choices=list(TESTED), help="only these")
     return parser.parse_args()
 
 
