@@ -148,14 +148,9 @@ def drawn(images: np.ndarray, training: np.ndarray, seed: int) -> Tensor:
 
 
 def measure(
-    presets: tuple[str, ...],
-    settings: dict[str, Any],
-    seed: int,
-    calibration: Tensor,
-    evaluation: tuple[Tensor, Tensor],
+    presets: tuple[str, ...], settings: dict[str, Any], seed: int, calibration: Tensor, images: Tensor, labels: Tensor
 ) -> list[dict[str, Any]]:
     """Quantize with each preset from one calibrated start, and return a row each."""
-    images, labels = evaluation
     recipes = [Recipe.preset(preset, seed=seed, **settings) for preset in presets]
     prepared = prepare(trained(), calibration, recipes[0], evaluate=[(normalize(images), labels)])
     rows = []
