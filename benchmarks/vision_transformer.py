@@ -53,6 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softmax log-sqrt2": {"activations.softmax": "log-sqrt2"},
     "gelu twin": {"activations.gelu": "twin"},
     "layer norms reparameterized": {"activations.layer_norm": "reparameterized"},
+    "twin and reparameterized": {"activations.gelu": "twin", "activations.layer_norm": "reparameterized"},
 }
 TUNED = ("nearest", "qdrop-fast")
 RECONSTRUCTED = ("nearest", "brecq-fast", "qdrop-fast")
