@@ -114,8 +114,10 @@ def test_backends_and_their_demands_are_those_of_the_page() -> None:
         wanted = BACKEND_DEMANDS[names(name)[0]]
         bits = {key for key in wanted if key.endswith("bits")}
         assert bool(bits) == ("8 bits everywhere" in written) and {wanted[key] for key in bits} <= {8}
+        grids = {key for key in wanted if wanted[key] == "uniform"}
+        assert bool(grids) == ("uniform grids" in written)
         given = dict(setting.split(" = ") for setting in names(written))
-        assert {k: v == "true" for k, v in given.items()} == {k: v for k, v in wanted.items() if k not in bits}
+        assert {k: v == "true" for k, v in given.items()} == {k: v for k, v in wanted.items() if k not in bits | grids}
 
 
 def test_python_of_the_recipe_page_runs() -> None:

@@ -21,11 +21,13 @@ from quiesce.export.export import Export, require
 from quiesce.export.onnx import export_onnx
 from quiesce.export.openvino import export_openvino
 from quiesce.export.program import export_program
+from quiesce.graph.attention import split_attention
 from quiesce.graph.backends import BACKENDS
 from quiesce.graph.bias import make_room_for_biases, round_biases
 from quiesce.graph.calibrate import calibrate
 from quiesce.graph.capture import capture, images_together, interface_of
 from quiesce.graph.fold import LeftBatchNorm, fold
+from quiesce.graph.layer_norm import LeftLayerNorm, reparameterize
 from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
 from quiesce.graph.partition import partition
 from quiesce.graph.place import annotate, end_grids_at_bounds, float_layers, insert, layers_at_common_bits
@@ -228,7 +230,7 @@ class Prepared:
     """The float network's outputs on the evaluation data."""
     float_metrics: Metrics | None
     name: str
-    left: list[LeftBatchNorm]
+    left: list[LeftBatchNorm | LeftLayerNorm]
     float_layers: dict[str, str]
     """Weight layers that stay float, with the reason of each."""
     seconds: float
@@ -277,6 +279,7 @@ def prepare(
     together = images_together(captured, samples)
     _check_together(together, recipe, {"calibration images": len(samples) - holdout, "held-out images": holdout})
     folded, left = fold(captured)
+    folded, left_norms = _reparameterized(split_attention(folded), samples, recipe)
     graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
     check_storable(graph)
     modules = partition(graph, "block")
@@ -306,7 +309,7 @@ def prepare(
         reference=reference,
         float_metrics=metrics,
         name=name or type(model).__name__,
-        left=left,
+        left=[*left, *left_norms],
         float_layers=float_layers(folded, BACKENDS[recipe.backend], recipe),
         seconds=time.perf_counter() - began,
         device=where,
@@ -371,6 +374,7 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
             method="modcap", k=settings.k, lam=settings.lam, alpha=settings.alpha, max_modules=settings.max_modules
         )
     folded, _ = fold(_captured(model, example, _device_of(model)))
+    folded = split_attention(folded)
     graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
     units = partition(graph, "block")
     names = [u.name for u in units]
@@ -491,6 +495,13 @@ def _captured(model: nn.Module | ExportedProgram, samples: Samples, device: torc
     graph = follow_tensors(capture(model, example.to(_device_of(model))).to(device))
     _check_captured(graph, samples)
     return graph
+
+
+def _reparameterized(
+    graph: fx.GraphModule, samples: Samples, recipe: Recipe
+) -> tuple[fx.GraphModule, list[LeftLayerNorm]]:
+    wanted = recipe.activations.layer_norm == "reparameterized" and recipe.activations.bits is not None
+    return reparameterize(graph, samples, recipe) if wanted else (graph, [])
 
 
 def _check_captured(graph: fx.GraphModule, samples: Samples) -> None:

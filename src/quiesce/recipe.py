@@ -13,10 +13,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 from quiesce.errors import RecipeError, nearest_name
 
 RANGES = ("minmax", "percentile", "lp")
+_UNIFORM = {"activations.softmax": "uniform", "activations.gelu": "uniform"}
 BACKENDS: dict[str, dict[str, Any]] = {
     "academic": {},
-    "onnxruntime": {"weights.symmetric": True, "activations.symmetric": False},
-    "openvino": {"weights.symmetric": True},
+    "onnxruntime": {"weights.symmetric": True, "activations.symmetric": False, **_UNIFORM},
+    "openvino": {"weights.symmetric": True, **_UNIFORM},
     "tensorrt": {
         "weights.bits": 8,
         "weights.first_last_bits": 8,
@@ -24,10 +25,14 @@ BACKENDS: dict[str, dict[str, Any]] = {
         "activations.bits": 8,
         "activations.first_last_bits": 8,
         "activations.symmetric": True,
+        **_UNIFORM,
     },
 }
 """Backends by name, and the settings that each demands."""
 ROUNDING_NAMES = ("adaround",)
+SOFTMAX_GRIDS = ("uniform", "log2", "log-sqrt2")
+GELU_GRIDS = ("uniform", "twin")
+LAYER_NORMS = ("per-tensor", "reparameterized")
 GRANULARITIES = ("layer", "block", "modcap", "loss", "loss-descent", "log-ratio", "scheme")
 
 
@@ -114,6 +119,12 @@ class ActivationRecipe:
     range: str = "lp"
     percentile: float = 99.99
     """Share of values inside the range, in per cent, when range is percentile."""
+    softmax: str = "uniform"
+    """Grid of probabilities: uniform, log2 or log-sqrt2 (rows of quiesce.quant.grids.GRIDS)."""
+    gelu: str = "uniform"
+    """Grid of what a GELU returns: uniform, or twin."""
+    layer_norm: str = "per-tensor"
+    """per-tensor, or reparameterized: channels are brought to one range, which linear layers behind take back."""
 
     def __post_init__(self) -> None:
         for name in ("bits", "second_layer_bits"):
@@ -121,6 +132,9 @@ class ActivationRecipe:
                 check_bits(f"activations.{name}", getattr(self, name))
         check_bits("activations.first_last_bits", self.first_last_bits)
         _one_of("activations.range", self.range, RANGES)
+        _one_of("activations.softmax", self.softmax, SOFTMAX_GRIDS)
+        _one_of("activations.gelu", self.gelu, GELU_GRIDS)
+        _one_of("activations.layer_norm", self.layer_norm, LAYER_NORMS)
         _check_kinds(self, "activations.")
         _check(50 < self.percentile <= 100, f"activations.percentile is {self.percentile}; give a value in (50, 100].")
 

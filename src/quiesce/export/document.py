@@ -21,11 +21,14 @@ from quiesce.export.packing import unpack
 from quiesce.files import count_values
 from quiesce.graph.capture import Interface, Leaf, TensorForm
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize, fake_quantizers
+from quiesce.quant.grids import GRIDS
 from quiesce.quant.spec import QuantizationSpec
 
 MOST_VALUES = 500_000
 """Values in the JSON of a network: some 50,000 nodes, each of which takes kilobytes in memory."""
 _PLAIN = (bool, int, float, str, type(None))
+_ACTIVATIONS = {"activation" if grid == "uniform" else f"{grid} activation": grid for grid in GRIDS}
+"""Kinds of activation quantizers. Each grid is one: a program that does not know it must not take it for another."""
 _CONSTANTS: dict[str, dict[str, Any]] = {
     "dtype": {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)},
     "memory_format": {
@@ -133,15 +136,18 @@ def _encode_quantizer(quantizer: FakeQuantize) -> dict[str, Any]:
     grid = {"bits": spec.bits, "symmetric": spec.symmetric}
     if isinstance(quantizer, WeightFakeQuantize):
         return {"kind": "weight", **grid, "ch_axis": spec.ch_axis, "shape": list(quantizer.quantized.shape)}
-    return {"kind": "activation", **grid}
+    kind = next(kind for kind, of_kind in _ACTIVATIONS.items() if of_kind == spec.grid)
+    return {"kind": kind, **grid}
 
 
 def _decode_quantizer(name: str, row: dict[str, Any], tensors: dict[str, Tensor]) -> FakeQuantize:
     bits, symmetric = row["bits"], row["symmetric"]
     if type(bits) is not int or not 2 <= bits <= 8 or type(symmetric) is not bool:
         raise ValueError(f"quantizer {name} has {bits!r} bits and is symmetric: {symmetric!r}")
-    if row["kind"] == "activation":
-        spec = QuantizationSpec(bits, symmetric)
+    if row["kind"] in _ACTIVATIONS:
+        spec = QuantizationSpec(bits, symmetric, grid=_ACTIVATIONS[row["kind"]])
+        if spec.grid != "uniform" and symmetric:
+            raise ValueError(f"quantizer {name} has a {spec.grid} grid, which is not symmetric")
         scale, zero_point = _decode_grid(name, spec, (), tensors)
         activation = ActivationFakeQuantize(spec, scale)
         activation.scale, activation.zero_point = scale, zero_point

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 from quiesce.errors import ModelError
-from quiesce.export.export import Export, tensor_name
+from quiesce.export.export import Export, check_uniform, tensor_name
 from quiesce.export.program import register_decomposed, trace
 from quiesce.graph.capture import TensorForm, interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, is_relu, upper_bound, weight_node
@@ -68,6 +68,7 @@ def export_executorch(graph: fx.GraphModule, path: Path, *, batch: int = 1, forc
     check_new(path, force)
     _check_package()
     _check_network(graph)
+    check_uniform(graph, "ExecuTorch programs")
     graph = on_cpu(graph)
     integer = _integer_weights(graph)
     network = _rewritten(graph, integer)

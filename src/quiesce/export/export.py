@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import fx
+
 from quiesce.errors import ModelError
+from quiesce.quant.fake_quantize import fake_quantizers
 
 EXPORT_OPTIONS = {
     "onnx": ("compat", "symmetric"),
@@ -36,6 +39,20 @@ def tensor_name(quantizer: str) -> str:
 def integers_name(quantizer: str) -> str:
     """Return the name that an activation's integers have in an ONNX file."""
     return f"{tensor_name(quantizer)}_q"
+
+
+def check_uniform(graph: fx.GraphModule, what: str) -> None:
+    """Check that ``what`` (a form of files, in the plural) can hold the grids of the graph's activations.
+
+    Raises:
+        ModelError: one is not uniform; it and its grid are named.
+    """
+    for name, quantizer in fake_quantizers(graph).items():
+        if quantizer.spec.grid != "uniform":
+            raise ModelError(
+                f"{tensor_name(name)} has a {quantizer.spec.grid} grid, which {what} can't hold; quantize with "
+                "activations.softmax and activations.gelu = 'uniform', or write a torch.export program."
+            )
 
 
 def require(packages: tuple[str, ...], extra: str) -> None:

@@ -20,7 +20,7 @@ from torch import fx
 
 from quiesce.errors import ModelError
 from quiesce.export.containers import StoredWeight, store_weight
-from quiesce.export.export import Export, integers_name, require, tensor_name
+from quiesce.export.export import Export, check_uniform, integers_name, require, tensor_name
 from quiesce.export.onnx_translation import DOMAIN, new_initializer, new_node, translate
 from quiesce.export.opset13 import OPSET as COMPAT_OPSET
 from quiesce.export.opset13 import lower
@@ -103,6 +103,7 @@ def onnx_network(
     upper end of the range stands in front of each QuantizeLinear and keeps it from that. It changes no value.
     """
     require(("onnx", "onnxscript", "onnxruntime"), "onnx")
+    check_uniform(graph, "ONNX and OpenVINO files")
     from onnx_ir import to_proto
     from onnxscript import version_converter
 

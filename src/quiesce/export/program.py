@@ -19,12 +19,13 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from quiesce.errors import ModelError
-from quiesce.export.export import Export
+from quiesce.export.export import Export, check_uniform
 from quiesce.graph.capture import Interface, TensorForm, interface_of
 from quiesce.graph.rewrite import on_cpu, replace_quantizers
 from quiesce.outputs import check_new, write_bytes
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize, fake_quantizers
 from quiesce.quant.functional import dequantize, quantize
+from quiesce.quant.grids import GRIDS
 from quiesce.recipe import Recipe
 from quiesce.result import versions
 
@@ -163,6 +164,8 @@ class _Activation(nn.Module):
         self.register_buffer("zero_point", quantizer.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.spec.grid != "uniform":
+            return GRIDS[self.spec.grid].fake_quantize(x, self.scale, self.zero_point, self.spec)
         q = quantize(x, self.scale, self.zero_point, self.spec.quant_min, self.spec.quant_max)
         return dequantize(q.to(self.spec.dtype), self.scale, self.zero_point)
 
@@ -210,6 +213,7 @@ def _with_integers(graph: fx.GraphModule, pt2e: bool) -> fx.GraphModule:
     """Return a copy on the CPU whose fake-quantizers hold integers only, without the float weights they replaced."""
     network = on_cpu(graph)
     if pt2e:
+        check_uniform(network, "programs of PT2E operators")
         register_decomposed()
         _check_float32(network)
     weight, activation = (_DecomposedWeight, _DecomposedActivation) if pt2e else (_Weight, _Activation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +12,8 @@ from torch import Tensor, fx, nn
 from quiesce.data import Samples
 from quiesce.graph.capture import interface_of
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers, float_mode
-from quiesce.quant.ranges import find_range, lp_range, minmax_range, percentile_range, scale_and_zero_point
+from quiesce.quant.grids import GRIDS
+from quiesce.quant.ranges import find_range, minmax_range, percentile_range, scale_and_zero_point
 from quiesce.recipe import Recipe
 
 SAMPLED_VALUES = 2**17
@@ -68,14 +70,13 @@ class _Observer:
 
     def parameters(self, quantizer: ActivationFakeQuantize, recipe: Recipe) -> tuple[Tensor, Tensor]:
         settings, spec = recipe.activations, quantizer.spec
+        grid = GRIDS[spec.grid]
         low, high = minmax_range(torch.cat(self.extremes).unsqueeze(0))
         rows = torch.cat(self.values).unsqueeze(0)
-        if settings.range == "lp":
-            low, high = lp_range(rows, spec, low, high, settings.power_of_two)
-        elif settings.range == "percentile":
+        if settings.range == "percentile":
             low, high = percentile_range(rows, settings.percentile)
-        scale, zero_point = scale_and_zero_point(low, high, spec, settings.power_of_two)
-        return scale[0], zero_point[0]
+        find = partial(grid.search, rows) if settings.range == "lp" else grid.span
+        return find(low[0], high[0], spec, settings.power_of_two)
 
 
 @contextmanager

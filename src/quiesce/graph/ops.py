@@ -53,6 +53,15 @@ AVERAGE_POOLS = frozenset(
 )
 """Average pools, a mean over all spatial axes among them (see :func:`operands`)."""
 
+MATMUL_OPS = {
+    aten.matmul.default: (0, 1),
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.baddbmm.default: (1, 2),
+    aten.addmm.default: (1, 2),
+}
+"""Products of two tensors, and where these stand."""
+
 PASS_OPS = frozenset(
     {
         aten.max_pool1d.default,
@@ -145,6 +154,19 @@ def operands(node: fx.Node) -> list[fx.Node]:
     found: list[Any] = list(node.args[:2] if node.target in (aten.add.Tensor, aten.mul.Tensor) else node.args[:1])
     found = list(found[0]) if isinstance(found[0], list | tuple) else found
     computed = all(isinstance(n, fx.Node) and n.op != "get_attr" and is_real(n) for n in found)
+    return list(dict.fromkeys(found)) if computed else []
+
+
+def matmul_operands(node: fx.Node) -> list[fx.Node]:
+    """Return the two tensors that a product, an einsum of two tensors too, multiplies.
+
+    There are none when one of them is a constant of the network.
+    """
+    if node.target is aten.einsum.default:
+        found: Any = list(argument(node, 1, "tensors", ()))
+    else:
+        found = [node.args[i] for i in MATMUL_OPS[node.target]]  # type: ignore[index]
+    computed = len(found) == 2 and all(n.op != "get_attr" and is_real(n) for n in found)
     return list(dict.fromkeys(found)) if computed else []
 
 

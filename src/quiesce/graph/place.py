@@ -16,10 +16,13 @@ from torch import fx
 from quiesce.errors import ModelError, RecipeError, nearest_name
 from quiesce.graph.backends.backend import Backend
 from quiesce.graph.ops import (
+    PASS_OPS,
     WEIGHT_OPS,
+    aten,
     input_node,
     is_relu,
     is_weight_op,
+    matmul_operands,
     operands,
     origin,
     upper_bound,
@@ -164,6 +167,8 @@ def _further_tensors(gm: fx.GraphModule, backend: Backend, left: set[fx.Node]) -
     for node in gm.graph.nodes:
         if node.target in backend.input_ops:
             yield from (origin(tensor, backend.pass_ops) for tensor in operands(node))
+        if node.target in backend.matmul_ops:
+            yield from (origin(tensor, backend.pass_ops) for tensor in matmul_operands(node))
         if node.target in backend.skip_ops:
             yield from (origin(tensor, backend.pass_ops) for tensor in _skips(operands(node)))
         if node.target in backend.output_ops and node not in left:
@@ -215,7 +220,17 @@ def _layer_bits(recipe: Recipe, index: int, edge: bool, override: LayerOverride 
 def _annotate_activation(annotations: dict[fx.Node, Annotation], node: fx.Node, bits: int, recipe: Recipe) -> None:
     known = annotations.get(node)
     bits = bits if known is None else max(bits, known.bits)
-    annotations[node] = Annotation(bits, recipe.activations.symmetric)
+    grid = _grid(node, recipe)
+    annotations[node] = Annotation(bits, recipe.activations.symmetric and grid == "uniform", grid=grid)
+
+
+def _grid(node: fx.Node, recipe: Recipe) -> str:
+    """Return the grid that fits how the node's values are spread."""
+    while node.target in PASS_OPS or node.target is aten.masked_fill.Scalar:  # of rows that a mask hides
+        node = input_node(node)
+    if node.target is aten.softmax.int:
+        return recipe.activations.softmax
+    return recipe.activations.gelu if node.target is aten.gelu.default else "uniform"
 
 
 def _overrides(layers: dict[str, fx.Node], overrides: tuple[LayerOverride, ...]) -> dict[str, LayerOverride]:

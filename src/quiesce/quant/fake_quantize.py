@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from quiesce.errors import ModelError
-from quiesce.quant.functional import dequantize, fake_quantize, learned_fake_quantize
+from quiesce.quant.functional import dequantize
+from quiesce.quant.grids import GRIDS
 from quiesce.quant.rounding import ROUNDINGS
 from quiesce.quant.rounding.nearest import nearest
 from quiesce.quant.rounding.rounding import Rounding
@@ -131,28 +132,27 @@ class ActivationFakeQuantize(nn.Module):
         self.drop: Drop | None = None
         self.largest = math.inf
         """Value above which the grid shall not end when the scale has been learned."""
-        self._learned_bounds: tuple[float, float] | None = None
+        self._learned_zero_point: float | None = None
         self.register_buffer("scale", like.new_ones(()))
         self.register_buffer("zero_point", like.new_zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
-        if self._learned_bounds is None:
-            spec = self.spec
-            return fake_quantize(x, self.scale, self.zero_point, spec.quant_min, spec.quant_max)
-        quantized = learned_fake_quantize(x, self.scale, *self._learned_bounds)
+        grid = GRIDS[self.spec.grid]
+        if self._learned_zero_point is None:
+            return grid.fake_quantize(x, self.scale, self.zero_point, self.spec)
+        quantized = grid.learned(x, self.scale, self._learned_zero_point, self.spec)
         return quantized if self.drop is None else self.drop.mix(quantized, x)
 
     def start_learning(self, drop: Drop | None, learn_scale: bool) -> None:
         """Prepare for the optimization loop: gradients flow through, elements are dropped, the scale may be learned."""
-        zero_point = float(self.zero_point)
-        self._learned_bounds = (self.spec.quant_min - zero_point, self.spec.quant_max - zero_point)
+        self._learned_zero_point = float(self.zero_point)
         self.drop = drop
         self.scale.requires_grad_(learn_scale)
 
     def stop_learning(self) -> None:
-        self._learned_bounds = self.drop = None
+        self._learned_zero_point = self.drop = None
         self.scale.requires_grad_(False)
         self.scale.grad = None
         if self.largest < math.inf:

@@ -13,12 +13,13 @@ class QuantizationSpec:
     """Integer grid of a tensor: asymmetric is unsigned with a zero point, symmetric is signed with zero point 0.
 
     ``ch_axis`` is the axis that has one scale per entry (the output channels of a weight); None is one scale for
-    the whole tensor.
+    the whole tensor. ``grid`` is a row of ``quiesce.quant.grids.GRIDS``; weights are uniform.
     """
 
     bits: int
     symmetric: bool = False
     ch_axis: int | None = None
+    grid: str = "uniform"
 
     @property
     def quant_min(self) -> int:

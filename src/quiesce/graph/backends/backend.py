@@ -18,6 +18,8 @@ class Backend:
     """Operators whose weight and input are quantized."""
     input_ops: frozenset[Any] = frozenset()
     """Further operators (additions, concats, pools) all of whose tensor inputs are quantized."""
+    matmul_ops: frozenset[Any] = frozenset()
+    """Products of two tensors that depend on the input, such as those of attention; both are quantized."""
     skip_ops: frozenset[Any] = frozenset()
     """Operators (additions) all of whose tensor inputs are quantized but the one that a weight operator makes for them
     alone: the runtime adds the others to its result before rounding."""
