@@ -47,8 +47,9 @@ def weight_layers(gm: fx.GraphModule) -> dict[str, fx.Node]:
 def annotate(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[fx.Node, Annotation]:
     """Return what each tensor is to be quantized to: weights (get_attr nodes) and activations (all others).
 
-    A tensor that feeds several layers, or a weight of several, takes the largest bits that any of them asks for. What a backend quantizes beyond
-    the inputs of layers takes the bits of activations, and the bits of both ends where the network returns it.
+    A tensor that feeds several layers, or a weight of several, takes the largest bits that any of them asks for. What a
+    backend quantizes beyond the inputs of layers takes the bits of activations, and the bits of both ends where the
+    network returns it.
 
     Raises:
         ModelError: there is no weight layer, or the weight of one is computed from the input or in half precision.
