@@ -249,12 +249,12 @@ def test_frozen_batch_norms_of_pretrained_detectors_are_folded() -> None:
 def test_images_that_do_not_fit_are_refused() -> None:
     name = "retinanet"
     whole = detector(name)
-    with pytest.raises(DataError, match="images of 64 x 96, as the detector resizes them, .* 64 x 64"):
+    with pytest.raises(DataError, match=r"images of 64 x 96, as the detector resizes them, .* 64 x 64"):
         detection.core_inputs(whole, photos(1), (64, 64))
     narrow = detection.core_inputs(whole, [torch.rand(3, 64, 64)])
     assert narrow.shape == (1, 3, 64, 64)
     wide = quiesce.quantize(detection.Core(whole), detection.core_inputs(whole, photos(2)), W8A8)
-    with pytest.raises(DataError, match="images of 96 x 64, .* core_inputs of a larger size"):
+    with pytest.raises(DataError, match=r"images of 96 x 64, .* core_inputs of a larger size"):
         detection.with_networks(whole, wide)([torch.rand(3, 96, 64)])
 
 

@@ -34,8 +34,9 @@ class Core(nn.Module):
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         _check_detector(detector)
-        self.backbone: Any = detector.backbone
-        self.head: Any = detector.rpn.head if _is_two_stage(detector) else detector.head
+        parts: Any = detector
+        self.backbone: Any = parts.backbone
+        self.head: Any = parts.rpn.head if _is_two_stage(detector) else parts.head
 
     def forward(self, images: Tensor) -> tuple[dict[str, Tensor], Any]:
         features = self.backbone(images)

@@ -161,11 +161,9 @@ def _load_torchvision(name: str, weights: str | Path | None) -> LoadedModel:
     model = _build(
         f"torchvision:{name}", weights, lambda: models.get_model(architecture, weights=pretrained, **settings)
     )
-    if architecture in models.list_models(module=models.detection):
-        preprocessing = preprocess.from_detector(model)
-        model = Core(model)
-    else:
-        preprocessing = preprocess.from_torchvision(entry)
+    detects = architecture in models.list_models(module=models.detection)
+    preprocessing = preprocess.from_detector(model) if detects else preprocess.from_torchvision(entry)
+    model = Core(model) if detects else model
     shape = None if preprocessing is None else (preprocessing.channels, *preprocessing.crop)
     return LoadedModel(model, f"torchvision:{name}", preprocessing, shape)
 

@@ -103,7 +103,7 @@ def _fold_batch_norm(gm: fx.GraphModule, layer: fx.Node, batch_norm: fx.Node) ->
 
 
 def _absorb(gm: fx.GraphModule, layer: fx.Node, node: fx.Node, factor: Tensor, offset: Tensor) -> None:
-    """Make ``layer`` compute what ``node`` makes of it, ``factor`` · layer + ``offset`` [channels], and drop the node."""
+    """Make ``layer`` compute what ``node`` makes of it, ``factor`` · layer + ``offset`` [channels]; drop the node."""
     op = WEIGHT_OPS[layer.target]  # type: ignore[index]
     weight_at = layer.args[op.weight]
     bias_at = argument(layer, op.bias, "bias", None)
