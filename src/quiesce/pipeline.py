@@ -30,7 +30,14 @@ from quiesce.graph.fold import LeftBatchNorm, fold
 from quiesce.graph.layer_norm import LeftLayerNorm, reparameterize
 from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
 from quiesce.graph.partition import partition
-from quiesce.graph.place import annotate, end_grids_at_bounds, float_layers, insert, layers_at_common_bits
+from quiesce.graph.place import (
+    annotate,
+    end_grids_at_bounds,
+    float_layers,
+    insert,
+    layers_at_common_bits,
+    never_quantized_layers,
+)
 from quiesce.graph.rewrite import follow_tensors
 from quiesce.graph.unit import Unit, boundary
 from quiesce.oscillation.capacity import modcap
@@ -232,7 +239,7 @@ class Prepared:
     name: str
     left: list[LeftBatchNorm | LeftLayerNorm]
     float_layers: dict[str, str]
-    """Weight layers that stay float, with the reason of each."""
+    """Layers with weights that stay float, with the reason of each."""
     seconds: float
     device: torch.device
 
@@ -310,7 +317,7 @@ def prepare(
         float_metrics=metrics,
         name=name or type(model).__name__,
         left=[*left, *left_norms],
-        float_layers=float_layers(folded, BACKENDS[recipe.backend], recipe),
+        float_layers=_left_float(folded, recipe),
         seconds=time.perf_counter() - began,
         device=where,
     )
@@ -360,7 +367,7 @@ class Analysis:
     layers: dict[str, list[str]]
     """Module → its weight layers."""
     float_layers: dict[str, str]
-    """Weight layers that stay float, with the reason of each."""
+    """Layers with weights that stay float, with the reason of each."""
 
 
 def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe) -> Analysis:
@@ -386,7 +393,7 @@ def analyze(model: nn.Module | ExportedProgram, example: Samples, recipe: Recipe
         differentials=proposal.differentials,
         merges=[[names[i] for i in group] for group in proposal.groups if len(group) > 1],
         layers={u.name: list(u.layers) for u in units},
-        float_layers=float_layers(folded, BACKENDS[recipe.backend], recipe),
+        float_layers=_left_float(folded, recipe),
     )
 
 
@@ -495,6 +502,10 @@ def _captured(model: nn.Module | ExportedProgram, samples: Samples, device: torc
     graph = follow_tensors(capture(model, example.to(_device_of(model))).to(device))
     _check_captured(graph, samples)
     return graph
+
+
+def _left_float(graph: fx.GraphModule, recipe: Recipe) -> dict[str, str]:
+    return {**never_quantized_layers(graph), **float_layers(graph, BACKENDS[recipe.backend], recipe)}
 
 
 def _reparameterized(

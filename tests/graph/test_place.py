@@ -16,7 +16,14 @@ from quiesce.graph.backends.backend import Backend
 from quiesce.graph.capture import capture
 from quiesce.graph.fold import fold
 from quiesce.graph.ops import WEIGHT_OPS, input_node, is_weight_op, weight_node
-from quiesce.graph.place import annotate, float_layers, insert, weight_layers, weight_quantizer
+from quiesce.graph.place import (
+    annotate,
+    float_layers,
+    insert,
+    never_quantized_layers,
+    weight_layers,
+    weight_quantizer,
+)
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, float_mode
 from quiesce.recipe import LayerOverride, Recipe
 from small_nets import CASES, FromInput, Lambda, call, captured, conv, nearest, outputs, placed, quantized, trained
@@ -361,3 +368,16 @@ def test_a_backend_is_a_description() -> None:
     inserted = insert(gm, annotate(gm, backend, LOW))
     sources = {str(n.args[0]) for n in quantizer_nodes(inserted, ActivationFakeQuantize)}
     assert sources == {"x", "conv2d"} and len(quantizer_nodes(inserted, WeightFakeQuantize)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "lstm": {"memory": "recurrent layers are not quantized"},
+        "bilinear": {"pairs": "products of this form with constants are not quantized"},
+        "embedding bag": {"0": "embeddings are not quantized"},
+        "conv-bn": {},
+    }.items(),
+)
+def test_layers_that_are_never_quantized_are_told(name: str, expected: dict[str, str]) -> None:
+    assert never_quantized_layers(captured(name)) == expected

@@ -80,6 +80,18 @@ PASS_OPS = frozenset(
 )
 """Operators whose values are all values of their first argument."""
 
+NEVER_QUANTIZED: dict[Any, str] = {
+    packet: kind
+    for kind, packets in {
+        "recurrent layers": (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu),
+        "recurrent cells": (aten.lstm_cell, aten.gru_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell),
+        "embeddings": (aten.embedding, aten.embedding_bag, aten._embedding_bag),
+        "products of this form with constants": (aten.bilinear, aten.einsum, aten.matmul, aten.bmm, aten.baddbmm),
+    }.items()
+    for packet in packets
+}
+"""Operators that are no weight ops and yet may have weights, and what to call them."""
+
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -127,6 +139,12 @@ def _per_dim(value: Any, dims: int) -> tuple[int, ...]:
 
 def is_weight_op(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in WEIGHT_OPS
+
+
+def never_quantized(node: fx.Node) -> str:
+    """Return what a node of :data:`NEVER_QUANTIZED` is called if it has a constant operand, else ""."""
+    constant = any(n.op == "get_attr" and is_real(n) for n in node.all_input_nodes)
+    return NEVER_QUANTIZED.get(getattr(node.target, "overloadpacket", None), "") if constant else ""
 
 
 def input_node(node: fx.Node) -> fx.Node:

@@ -23,6 +23,7 @@ from quiesce.graph.ops import (
     is_relu,
     is_weight_op,
     matmul_operands,
+    never_quantized,
     operands,
     origin,
     upper_bound,
@@ -109,6 +110,16 @@ def float_layers(gm: fx.GraphModule, backend: Backend, recipe: Recipe) -> dict[s
                 "leave both float, or neither."
             )
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def never_quantized_layers(gm: fx.GraphModule) -> dict[str, str]:
+    """Return what has weights and is no weight operator, in topological order, with the reason why it stays float."""
+    found: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if kind := never_quantized(node):
+            name = next((path for path, _ in reversed(module_stack(node))), node.name)
+            found[name if name not in found else f"{name}:{node.name}"] = f"{kind} are not quantized"
+    return found
 
 
 def weight_groups(layers: dict[str, fx.Node]) -> list[list[str]]:
