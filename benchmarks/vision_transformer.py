@@ -60,6 +60,7 @@ RECONSTRUCTED = ("nearest", "brecq-fast", "qdrop-fast")
 TESTED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "min-max": (("nearest",), {"weights.range": "minmax", "activations.range": "minmax"}),
     "defaults": (RECONSTRUCTED, {}),
+    "twin and reparameterized": (TUNED, OPTIONS["twin and reparameterized"]),
 }
 
 

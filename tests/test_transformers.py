@@ -69,11 +69,11 @@ def test_without_quantized_activations_no_grid_is_placed() -> None:
     assert not grids(prepare(transformer(), images(16), recipe("nearest", **SKEWED, activation_bits=None)))
 
 
-def test_a_product_with_a_constant_is_left() -> None:
+def test_a_product_with_a_constant_that_is_no_weight_is_left() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
-        return self.layer(x @ self.table)
+        return self.layer(x @ self.tables)
 
-    net = Lambda(forward, layer=nn.Linear(8, 4), table=nn.Parameter(torch.randn(8, 8)))
+    net = Lambda(forward, layer=nn.Linear(8, 4), tables=nn.Parameter(torch.randn(3, 8, 8)))
     assert [name for name, _, _ in grids(prepare(net, images(16), recipe("nearest")))] == ["matmul"]
 
 

@@ -166,3 +166,15 @@ def test_the_graph_given_is_not_changed() -> None:
     before = [b.clone() for b in gm.buffers()]
     reparameterize(gm, Samples((x,)), Recipe())
     assert all(torch.equal(a, b) for a, b in zip(gm.buffers(), before, strict=True))
+
+
+def test_a_layer_that_shares_its_weight_is_left() -> None:
+    """A weight of two layers can't take a norm's scales for one of them."""
+
+    def twice(self: Any, x: Tensor) -> Tensor:
+        return self.linear(self.norm(self.linear(x)))
+
+    net, x = Lambda(twice, linear=nn.Linear(8, 8), norm=nn.LayerNorm(8)).double(), images(8).double()
+    gm, left = reparameterized(net, x)
+    assert [entry.reason for entry in left] == ["a layer behind it shares its weight with another one"]
+    torch.testing.assert_close(gm(x)[0], net(x))

@@ -65,6 +65,8 @@ def _why_not(norm: fx.Node) -> str:
         return f"{', '.join(others) or 'nothing'} reads it, which is no linear layer"
     if any(n.op != "get_attr" for reader in readers for n in reader.all_input_nodes if n is not norm):
         return "the weight or bias of a layer behind it is computed from the input"
+    if any(len(weight_node(reader).users) > 1 for reader in readers):
+        return "a layer behind it shares its weight with another one"
     return ""
 
 
