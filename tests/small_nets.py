@@ -710,6 +710,13 @@ CASES: dict[str, Case] = {
     "no_grad inside": Case(NoGrad, layers=2),
     "batch sizes": Case(Sizes, layers=3),
     "bias from the input": Case(BiasFromInput, layers=2, left=1),
+    "layer on made numbers": Case(
+        lambda: Lambda(
+            lambda self, x: self.conv(x) + self.places(torch.arange(8.0, device=x.device)[None, :, None]).sum(),
+            conv=conv(),
+            places=nn.Linear(1, 2),
+        )
+    ),
     "dense": Case(Dense, layers=10, left=4),
     "u-net": Case(UNet, layers=13),
     "conv, bn, conv, conv, two bns": Case(

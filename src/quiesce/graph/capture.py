@@ -387,23 +387,41 @@ def _whole_batch_norms(gm: fx.GraphModule) -> None:
 
 
 def _fold_constants(gm: fx.GraphModule) -> None:
-    """Evaluate what depends on no input (weight normalization, position tables, …) once, now."""
+    """Evaluate once, now, what comes from tensors of the network and no input: normalized weights, position tables, ….
+
+    Tensors that operators make of numbers (``arange``, …) are computed with, but stay operators where they are read.
+    """
     values: dict[fx.Node, Any] = {}
+    stored: set[fx.Node] = set()
     for node in list(gm.graph.nodes):
+        sources = node.all_input_nodes
         if node.op == "get_attr":
             values[node] = getattr(gm, node.target)
-        elif node.op == "call_function" and node.all_input_nodes and all(n in values for n in node.all_input_nodes):
+            stored.add(node)
+        elif node.op == "call_function" and (all(n in values for n in sources) if sources else _is_made(node)):
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
+            if any(source in stored for source in sources):
+                stored.add(node)
     for node, value in values.items():
-        if node.op == "call_function" and isinstance(value, Tensor) and any(u not in values for u in node.users):
+        if (
+            node.op == "call_function"
+            and node in stored
+            and isinstance(value, Tensor)
+            and any(u not in values for u in node.users)
+        ):
             name = add_tensor(gm, node.name, value.detach().clone())
             with gm.graph.inserting_before(node):
                 constant = gm.graph.get_attr(name)
             constant.meta = dict(node.meta)
             node.replace_all_uses_with(constant)
+
+
+def _is_made(node: fx.Node) -> bool:
+    """True for an operator that makes a tensor of numbers alone, always the same."""
+    return isinstance(node.meta.get("val"), Tensor) and "empty" not in str(node.target)
 
 
 def _linear_products(gm: fx.GraphModule) -> None:
