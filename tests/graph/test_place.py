@@ -265,7 +265,7 @@ class TestLeftFloat:
         net = Lambda(half_inside, coarse=conv(3, 4).bfloat16(), head=conv(4, 2)).eval()
         assert bits(placed(capture(net, IMAGES), LOW)) == {"coarse": (None, None), "head": (8, 8)}
         reasons = float_reasons(capture(net, IMAGES), LOW)
-        assert reasons == {"coarse": "its weight is torch.bfloat16, too coarse to round, unlike float32"}
+        assert reasons == {"coarse": "its weight is torch.bfloat16, too coarse to round; give the network in float32"}
 
     def test_layers_that_share_a_weight_are_left_float_together(self) -> None:
         gm = capture(TiedPair(), IMAGES)

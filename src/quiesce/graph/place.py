@@ -208,7 +208,7 @@ def _why_float(layer: fx.Node, override: LayerOverride | None, backend: Backend)
     if weight.op != "get_attr":
         return "its weight is computed from the input"
     if weight.meta["val"].dtype not in (torch.float32, torch.float64):
-        return f"its weight is {weight.meta['val'].dtype}, too coarse to round, unlike float32"
+        return f"its weight is {weight.meta['val'].dtype}, too coarse to round; give the network in float32"
     return "" if layer.target in backend.weight_ops else f"backend {backend.name} does not quantize such a layer"
 
 
