@@ -381,3 +381,19 @@ def test_a_backend_is_a_description() -> None:
 )
 def test_layers_that_are_never_quantized_are_told(name: str, expected: dict[str, str]) -> None:
     assert never_quantized_layers(captured(name)) == expected
+
+
+def test_products_of_positions_stay_float() -> None:
+    """They are the same for all images, though their batch is as large as the input's."""
+
+    def rotated(self: Any, x: Tensor) -> Tensor:
+        places = torch.arange(8.0).view(1, 8, 1).expand(x.shape[0], -1, -1)
+        y = self.conv(x)
+        return y @ y.transpose(-1, -2) + (places @ self.waves.expand(x.shape[0], -1, -1))[:, None]
+
+    net = Lambda(rotated, conv=conv(3, 3, padding=1), waves=nn.Parameter(torch.randn(1, 1, 8)))
+    gm = capture(net.eval(), Samples((torch.randn(2, 3, 8, 8),)))
+    quantized = annotate(gm, BACKENDS["academic"], nearest(activation_bits=8))
+    products = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
+    assert len(products) == 2
+    assert [sum(n in quantized for n in product.all_input_nodes) for product in products] == [2, 0]

@@ -178,14 +178,28 @@ def operands(node: fx.Node) -> list[fx.Node]:
 def matmul_operands(node: fx.Node) -> list[fx.Node]:
     """Return the two tensors that a product, an einsum of two tensors too, multiplies.
 
-    There are none when one of them is a constant of the network.
+    There are none when one of them is a constant of the network, or what is made of its inputs' sizes alone, such as
+    positions.
     """
     if node.target is aten.einsum.default:
         found: Any = list(argument(node, 1, "tensors", ()))
     else:
         found = [node.args[i] for i in MATMUL_OPS[node.target]]  # type: ignore[index]
-    computed = len(found) == 2 and all(n.op != "get_attr" and is_real(n) for n in found)
+    computed = len(found) == 2 and all(is_real(n) and _has_values_of_inputs(n) for n in found)
     return list(dict.fromkeys(found)) if computed else []
+
+
+def _has_values_of_inputs(node: fx.Node) -> bool:
+    """True if the network's inputs are among what a tensor is computed from, by more than their sizes."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        tensor = waiting.pop()
+        if tensor.op == "placeholder":
+            return True
+        sources = {n for n in tensor.all_input_nodes if not isinstance(n.meta.get("val"), torch.SymInt | int)} - seen
+        seen |= sources
+        waiting += sources
+    return False
 
 
 def _is_spatial(mean: fx.Node) -> bool:
