@@ -55,9 +55,10 @@ LARGEST_SHARE = 0.25
 """Of a network's weight layers that one unit may hold."""
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 LOADER = """
-import sys, quiesce
+import sys, torch, quiesce
 from safetensors.torch import load_file, save_file
-folder, inputs, outputs = sys.argv[1:]
+folder, inputs, outputs, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # sums are split among them
 network = quiesce.load(folder)
 tensors = load_file(inputs)
 results = network.graph_module(*[tensors[name] for name in sorted(tensors)])
@@ -289,8 +290,8 @@ def check_file(prepared: Prepared, settings: Recipe, entry: Entry, folder: Path)
     network.save(folder / "network")
     flat = interface_of(prepared.graph).flatten(samples.args, samples.kwargs)
     save_file({f"{i:03}": t for i, t in enumerate(flat)}, folder / "in.safetensors")
-    command = [sys.executable, "-c", LOADER, folder / "network", folder / "in.safetensors", folder / "out.safetensors"]
-    subprocess.run(command, check=True)
+    files = [folder / "network", folder / "in.safetensors", folder / "out.safetensors"]
+    subprocess.run([sys.executable, "-c", LOADER, *files, str(torch.get_num_threads())], check=True)
     found = load_file(folder / "out.safetensors")
     with torch.no_grad():
         expected = network.graph_module(*flat)
