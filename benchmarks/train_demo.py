@@ -74,13 +74,29 @@ def augment(images: Tensor) -> Tensor:
 
 
 def train(images: Tensor, labels: Tensor, epochs: int) -> DemoNet:
-    """Train by SGD with Nesterov momentum and label smoothing; the rate follows :func:`rate_factor`."""
+    """Train by SGD with Nesterov momentum."""
     network = DemoNet().to(memory_format=torch.channels_last)
-    steps = epochs * (len(images) // BATCH)
     decayed = [p for p in network.parameters() if p.ndim > 1]
     plain = [p for p in network.parameters() if p.ndim == 1]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain}]
     optimizer = torch.optim.SGD(groups, lr=PEAK_LR, momentum=MOMENTUM, nesterov=True)
+    fit(network, optimizer, images, labels, epochs)
+    return network.eval()
+
+
+def fit(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    clip: float = math.inf,
+) -> None:
+    """Train on the augmented images with label smoothing; the rate follows :func:`rate_factor`.
+
+    ``clip`` is the largest norm of all gradients together.
+    """
+    steps = epochs * (len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step / steps))
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
     for epoch in range(epochs):
@@ -90,12 +106,13 @@ def train(images: Tensor, labels: Tensor, epochs: int) -> DemoNet:
             loss = criterion(network(normalize(augment(images[batch]))), labels[batch])
             optimizer.zero_grad()
             loss.backward()
+            if clip < math.inf:
+                nn.utils.clip_grad_norm_(network.parameters(), clip)
             optimizer.step()
             schedule.step()
             total += loss.detach()
         seconds = time.perf_counter() - start
         print(f"epoch {epoch + 1}/{epochs}: loss {total / len(batches):.4f}, {seconds:.0f} s", flush=True)
-    return network.eval()
 
 
 def rate_factor(progress: float) -> float:

@@ -28,16 +28,17 @@ from torch import Tensor, nn
 
 from quiesce import Recipe
 from quiesce.demo import normalize
+from quiesce.outputs import write_text
 from quiesce.pipeline import prepare, run
 from quiesce.result import hardware, versions
-from train_demo import DATA, augment, rate_factor, read_set, split, tensors, top1
+from train_demo import BATCH, DATA, LABEL_SMOOTHING, fit, read_set, split, tensors, top1
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results/vision_transformer.json"
 WEIGHTS = HERE / "weights/vision_transformer.safetensors"
 MODEL = "vit_tiny_patch16_224"
 SHAPE = {"img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10, "embed_dim": 96, "depth": 6, "num_heads": 3}
-BATCH, PEAK_LR, WEIGHT_DECAY, LABEL_SMOOTHING, CLIP = 128, 1e-3, 0.05, 0.05, 1.0
+PEAK_LR, WEIGHT_DECAY, CLIP = 1e-3, 0.05, 1.0
 RECIPE = {
     "optimizer": f"AdamW, weight decay {WEIGHT_DECAY}, batch {BATCH}, gradients clipped to norm {CLIP}",
     "learning_rate": f"linear to {PEAK_LR} in the first 10% of the steps, then cosine to 0",
@@ -78,28 +79,13 @@ def trained(path: Path = WEIGHTS) -> nn.Module:
 
 
 def train(images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
-    """Train by AdamW with label smoothing; the rate follows :func:`train_demo.rate_factor`."""
+    """Train by AdamW."""
     model = network().train()
-    steps = epochs * (len(images) // BATCH)
     decayed = [p for p in model.parameters() if p.ndim == 2 or p.ndim == 4]
     plain = [p for p in model.parameters() if p.ndim == 1 or p.ndim == 3]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step / steps))
-    criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
-    for epoch in range(epochs):
-        start, total = time.perf_counter(), torch.zeros(())
-        batches = torch.randperm(len(images))[: steps // epochs * BATCH].view(-1, BATCH)
-        for batch in batches:
-            loss = criterion(model(normalize(augment(images[batch]))), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            schedule.step()
-            total += loss.detach()
-        seconds = time.perf_counter() - start
-        print(f"epoch {epoch + 1}/{epochs}: loss {total / len(batches):.4f}, {seconds:.0f} s", flush=True)
+    fit(model, optimizer, images, labels, epochs, clip=CLIP)
     return model.eval()
 
 
@@ -182,27 +168,31 @@ def by_preset(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def tune(options: argparse.Namespace) -> dict[str, Any]:
     """Measure each option by itself on the tuning images."""
     images, labels = read_set(options.data, "train")
-    parts = split(len(images), 0)
-    evaluation = tensors(images, labels, parts["tuning"])
-    found: dict[str, Any] = {"float": {"top1": top1(trained(), *evaluation)}}
-    for name in options.rows or OPTIONS:
-        calibrations = {seed: drawn(images, parts["training"], seed) for seed in SEEDS[: options.seeds]}
-        rows = [r for seed, x in calibrations.items() for r in measure(TUNED, OPTIONS[name], seed, x, *evaluation)]
-        found[name] = {"settings": OPTIONS[name], **by_preset(rows)}
-    return found
+    tuning = tensors(images, labels, split(len(images), 0)["tuning"])
+    rows = {name: (TUNED, OPTIONS[name]) for name in options.rows or OPTIONS}
+    return measure_all(rows, SEEDS[: options.seeds], images, tuning)
 
 
 def test(options: argparse.Namespace) -> dict[str, Any]:
     """Measure nearest rounding and reconstruction on the test images."""
     images, _ = read_set(options.data, "train")
-    parts = split(len(images), 0)
-    evaluation = tensors(*read_set(options.data, "t10k"), slice(None))
+    rows = {name: TESTED[name] for name in options.rows or TESTED}
+    return measure_all(rows, SEEDS, images, tensors(*read_set(options.data, "t10k"), slice(None)))
+
+
+def measure_all(
+    rows: dict[str, tuple[tuple[str, ...], dict[str, Any]]],
+    seeds: tuple[int, ...],
+    images: np.ndarray,
+    evaluation: tuple[Tensor, Tensor],
+) -> dict[str, Any]:
+    """Measure the presets and settings of each row with calibration images of each seed, drawn from ``images``."""
+    training = split(len(images), 0)["training"]
+    calibrations = {seed: drawn(images, training, seed) for seed in seeds}
     found: dict[str, Any] = {"float": {"top1": top1(trained(), *evaluation)}}
-    for name in options.rows or TESTED:
-        presets, settings = TESTED[name]
-        calibrations = {seed: drawn(images, parts["training"], seed) for seed in SEEDS}
-        rows = [r for seed, x in calibrations.items() for r in measure(presets, settings, seed, x, *evaluation)]
-        found[name] = {"settings": settings, **by_preset(rows)}
+    for name, (presets, settings) in rows.items():
+        done = [r for seed, x in calibrations.items() for r in measure(presets, settings, seed, x, *evaluation)]
+        found[name] = {"settings": settings, **by_preset(done)}
     return found
 
 
@@ -212,7 +202,7 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     about = {"versions": versions(), "hardware": hardware(torch.device("cpu")), "calibration_images": CALIBRATION}
     known[options.part] = known.get(options.part, {}) | about | found
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    write_text(options.out, json.dumps(known, indent=2) + "\n")
 
 
 def parse() -> argparse.Namespace:

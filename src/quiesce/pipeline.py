@@ -490,7 +490,7 @@ def _sensitivity(
     held = samples.select(slice(first, None)).to(prepared.device)
     _check_together(prepared.together, recipe, {"held-out images": len(held)})
     layers, passes = layer_sensitivities(
-        prepared.graph, _inputs(prepared.graph, held), recipe, bits, Progress(progress)
+        prepared.graph, _inputs(Network(prepared.graph), held), recipe, bits, Progress(progress)
     )
     seconds = time.perf_counter() - began
     return prepared, Sensitivity(layers, len(held), first, passes, seconds, prepared.float_layers)
@@ -563,7 +563,7 @@ def _check_together(together: int, recipe: Recipe, counts: dict[str, int]) -> No
 
 def _job(prepared: Prepared, recipe: Recipe) -> Job:
     network = Network(prepared.graph)
-    inputs = _inputs(prepared.graph, prepared.samples)
+    inputs = _inputs(network, prepared.samples)
     reconstruction = recipe.reconstruction
     fisher = None
     if reconstruction is not None and reconstruction.fisher:
@@ -588,10 +588,10 @@ def _job(prepared: Prepared, recipe: Recipe) -> Job:
     )
 
 
-def _inputs(graph: fx.GraphModule, samples: Samples) -> Tensors:
+def _inputs(network: Network, samples: Samples) -> Tensors:
     """Return the samples by the names of the network's inputs."""
-    flat = interface_of(graph).flatten(samples.args, samples.kwargs)
-    return {name: _laid_out(tensor) for name, tensor in zip(Network(graph).inputs, flat, strict=True)}
+    flat = interface_of(network.gm).flatten(samples.args, samples.kwargs)
+    return {name: _laid_out(tensor) for name, tensor in zip(network.inputs, flat, strict=True)}
 
 
 def _laid_out(tensor: Tensor) -> Tensor:

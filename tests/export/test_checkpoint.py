@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import quiesce
+from fresh_process import check_identical
 from quiesce import QuantizedModel, Recipe
 from quiesce.errors import FileFormatError, ModelError, OutputError
 from quiesce.export.checkpoint import GRAPH_FILE, TENSOR_FILE
@@ -26,17 +25,6 @@ from quiesce.graph.capture import TensorForm, interface_of
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers
 
 PAGE = Path(__file__).parents[2] / "docs/checkpoint.md"
-LOAD = """
-import sys, torch, quiesce
-torch.set_num_threads(1)
-network = quiesce.load(sys.argv[1])
-case = torch.load(sys.argv[2], weights_only=True)
-made = network(*case["args"], **case["kwargs"])
-flat = torch.utils._pytree.tree_leaves(made)
-assert all(torch.equal(a, b) for a, b in zip(flat, case["outputs"], strict=True))
-assert "user_model" not in sys.modules
-print("identical")
-"""
 
 
 class Attention(nn.Module):
@@ -97,15 +85,6 @@ def varied() -> QuantizedModel:
 @pytest.fixture
 def saved(varied: QuantizedModel, tmp_path: Path) -> Path:
     return varied.save(tmp_path / "net")
-
-
-def check_identical(network: QuantizedModel, folder: Path, *args: Tensor, **kwargs: Tensor) -> None:
-    outputs = torch.utils._pytree.tree_leaves(network(*args, **kwargs))
-    case = {"args": list(args), "kwargs": kwargs, "outputs": outputs}
-    torch.save(case, folder.parent / "case.pt")
-    command = [sys.executable, "-c", LOAD, str(folder), str(folder.parent / "case.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout == "identical\n", done.stderr
 
 
 def test_loads_bit_identical_in_a_fresh_process(varied: QuantizedModel, saved: Path) -> None:

@@ -10,11 +10,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 import quiesce
 from quiesce.data import Samples
 from quiesce.export.parity import Parity, check_parity
+from random_weights import randomized, with_statistics
 from tiny import images, recipe
 
 SIZES = {
@@ -92,23 +93,7 @@ def network(name: str) -> nn.Module:
     else:
         options = {"init_weights": False} if kind == "googlenet" else {}
         model = torchvision.models.get_model(kind, num_classes=10, **options)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.min() == parameter.max():
-                is_factor = parameter.numel() == max(parameter.shape, default=1) and not key.endswith("bias")
-                parameter.uniform_(*((0.5, 1.5) if is_factor else (-0.3, 0.3)))
-    return with_statistics(model.eval(), images(6, seed=3, size=SIZES[name]))
-
-
-@torch.no_grad()
-def with_statistics(model: nn.Module, x: Tensor) -> nn.Module:
-    """The network with batch-norm statistics of ``x``, so that values neither grow nor fade from layer to layer."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 1.0
-            module.train()
-    model(x)
-    return model.eval()
+    return with_statistics(randomized(model), Samples((images(6, seed=3, size=SIZES[name]),)))
 
 
 def quantized(name: str, **settings: object) -> tuple[quiesce.QuantizedModel, Samples]:

@@ -13,11 +13,10 @@ from torch import nn
 
 from quiesce.data import Samples
 from quiesce.models import load_model
+from random_weights import randomized, with_statistics
 from tiny import images
 
 CLASSES = 10
-FACTOR, OFFSET = (0.5, 1.5), (-0.3, 0.3)
-"""Between what random values of a constant parameter lie: one that multiplies, and others."""
 
 
 @dataclass(frozen=True)
@@ -103,24 +102,3 @@ MAKERS: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
 def read_catalogue() -> list[Entry]:
     data = tomllib.loads((Path(__file__).parent / "catalogue.toml").read_text(encoding="utf-8"))
     return [Entry(model_name=entry.pop("model"), **entry) for entry in data["network"]]
-
-
-@torch.no_grad()
-def randomized(model: nn.Module) -> nn.Module:
-    """Put random values where training starts from a constant: there a wrong layer would change nothing."""
-    for key, parameter in model.named_parameters():
-        if parameter.min() == parameter.max():
-            is_factor = parameter.numel() == max(parameter.shape, default=1) and not key.endswith("bias")
-            parameter.uniform_(*(FACTOR if is_factor else OFFSET))
-    return model.eval()
-
-
-@torch.no_grad()
-def with_statistics(model: nn.Module, samples: Samples) -> nn.Module:
-    """Give batch-norms the statistics of ``samples``, so that values neither grow nor fade from layer to layer."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 1.0
-            module.train()
-    model(*samples.args, **samples.kwargs)
-    return model.eval()

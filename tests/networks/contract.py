@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from catalogue import Entry
+from fresh_process import check_identical
 from quiesce.data import Samples
 from quiesce.evaluate import outputs_of
-from quiesce.graph.capture import interface_of
 from quiesce.graph.ops import weight_node
 from quiesce.graph.partition import LOOSE_LAYERS, partition
 from quiesce.graph.place import module_stack, weight_layers
@@ -36,6 +33,7 @@ from quiesce.quant.fake_quantize import (
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.loop import _Walk
 from quiesce.reconstruct.optimize import Problem, _Learned, _loss, optimize
+from small_nets import call
 from tiny import job, recipe
 
 STEPS, IMAGES, BATCH = 3, 6, 4
@@ -54,16 +52,6 @@ NOTHING_TO_GAIN = 1.02
 LARGEST_SHARE = 0.25
 """Of a network's weight layers that one unit may hold."""
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-LOADER = """
-import sys, torch, quiesce
-from safetensors.torch import load_file, save_file
-folder, inputs, outputs, threads = sys.argv[1:]
-torch.set_num_threads(int(threads))  # sums are split among them
-network = quiesce.load(folder)
-tensors = load_file(inputs)
-results = network.graph_module(*[tensors[name] for name in sorted(tensors)])
-save_file({str(i): t.contiguous() for i, t in enumerate(results)}, outputs)
-"""
 
 
 @dataclass
@@ -116,16 +104,11 @@ def check_float_outputs(gm: fx.GraphModule, model: nn.Module, entry: Entry) -> N
     for count in (1, 3):
         samples = entry.samples(count, seed=count + 10)
         with float_mode(gm):
-            found = outputs_of(as_called(gm), samples)
+            found = outputs_of(call(gm), samples)
         for output, expected in zip(found, outputs_of(model, samples), strict=True):
             assert output.shape == expected.shape
             error = (output - expected).norm() / expected.norm()
             assert error <= entry.float_error, f"float outputs differ by {error:.1e} at a batch of {count}"
-
-
-def as_called(gm: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
-    """The graph as a function of the network's own arguments."""
-    return lambda *args, **kwargs: gm(*interface_of(gm).flatten(args, kwargs))
 
 
 def check_weights(prepared: Prepared, model: nn.Module, entry: Entry) -> None:
@@ -287,13 +270,4 @@ def check_file(prepared: Prepared, settings: Recipe, entry: Entry, folder: Path)
     restore(prepared.graph, state)
     network = QuantizedModel(prepared.network(settings), prepared.result(runs, settings), settings, None)
     samples = entry.samples(2, seed=20)
-    network.save(folder / "network")
-    flat = interface_of(prepared.graph).flatten(samples.args, samples.kwargs)
-    save_file({f"{i:03}": t for i, t in enumerate(flat)}, folder / "in.safetensors")
-    files = [folder / "network", folder / "in.safetensors", folder / "out.safetensors"]
-    subprocess.run([sys.executable, "-c", LOADER, *files, str(torch.get_num_threads())], check=True)
-    found = load_file(folder / "out.safetensors")
-    with torch.no_grad():
-        expected = network.graph_module(*flat)
-    assert len(found) == len(expected)
-    assert all(torch.equal(found[str(i)], tensor) for i, tensor in enumerate(expected)), "the loaded network differs"
+    check_identical(network, network.save(folder / "network"), *samples.args, **samples.kwargs)

@@ -17,6 +17,7 @@ from quiesce.pipeline import _inputs, prepare
 from quiesce.precision.sensitivity import Sensitivity, layer_sensitivities, multiplications
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import fake_quantizers, snapshot
+from quiesce.reconstruct.streams import Network
 from small_nets import CASES, captured, nearest, placed
 from tiny import Assorted, Chain, TiedPair, images, recipe, same_state
 
@@ -114,7 +115,7 @@ def test_nothing_is_changed_and_progress_comes_to_its_end() -> None:
     prepared = prepare(Chain(2), images(16), recipe("nearest"))
     before, calls = snapshot(prepared.graph), list[tuple[str, int, int]]()
     progress = Progress(lambda *a: calls.append(a))
-    held = _inputs(prepared.graph, Samples((images(8, seed=4),)))
+    held = _inputs(Network(prepared.graph), Samples((images(8, seed=4),)))
     layer_sensitivities(prepared.graph, held, recipe("nearest"), (2, 4), progress)
     assert same_state(snapshot(prepared.graph), before)
     assert all(q.enabled and q.spec.bits in (2, 4, 8) for q in fake_quantizers(prepared.graph).values())

@@ -51,6 +51,14 @@ def set_weight(quantizer: WeightFakeQuantize, weight: Tensor, recipe: Recipe) ->
     quantizer.set_parameters(scale.view(quantizer.scale.shape), zero_point.view(quantizer.scale.shape), weight)
 
 
+def draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return ``count`` random entries of each row of ``rows`` [rows, entries, ...]; all where there are no more."""
+    if count >= rows.shape[1]:
+        return rows
+    index = torch.randint(rows.shape[1], (len(rows), count), generator=generator).to(rows.device)
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], index]
+
+
 class _Observer:
     """Extremes of all values seen, and random ones, as many of each image whatever the batches."""
 
@@ -63,10 +71,7 @@ class _Observer:
     def add(self, x: Tensor, images: int) -> None:
         rows = x.reshape(images, -1) if x.numel() % images == 0 else x.reshape(1, -1)
         self.extremes.append(torch.stack([rows.amin(), rows.amax()]))
-        if self.values_per_image < rows.shape[1]:
-            shape = (rows.shape[0], self.values_per_image)
-            rows = rows.gather(1, torch.randint(rows.shape[1], shape, generator=self.generator).to(rows.device))
-        self.values.append(rows.reshape(-1))
+        self.values.append(draw(rows, self.values_per_image, self.generator).reshape(-1))
 
     def parameters(self, quantizer: ActivationFakeQuantize, recipe: Recipe) -> tuple[Tensor, Tensor]:
         settings, spec = recipe.activations, quantizer.spec

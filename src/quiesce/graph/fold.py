@@ -87,9 +87,10 @@ def _channel_constant(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 def _fold_constant(gm: fx.GraphModule, layer: fx.Node, constant: fx.Node, node: fx.Node) -> None:
     values = getattr(gm, str(constant.target)).double().flatten()
-    neutral = torch.ones_like(values), torch.zeros_like(values)
-    factor, offset = (neutral[0], values) if node.target is aten.add.Tensor else (values, neutral[1])
-    _absorb(gm, layer, node, factor, offset)
+    if node.target is aten.add.Tensor:
+        _absorb(gm, layer, node, torch.ones_like(values), values)
+    else:
+        _absorb(gm, layer, node, values, torch.zeros_like(values))
 
 
 def _fold_batch_norm(gm: fx.GraphModule, layer: fx.Node, batch_norm: fx.Node) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.data import Samples
+from quiesce.graph.calibrate import draw
 from quiesce.graph.capture import interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, weight_node
 from quiesce.graph.rewrite import add_tensor, tidy
@@ -99,10 +100,7 @@ class _Rows:
 
     def add(self, y: Tensor, images: int) -> None:
         rows = y.reshape(images if (y.numel() // y.shape[-1]) % images == 0 else 1, -1, y.shape[-1])
-        if self.per_image < rows.shape[1]:
-            index = torch.randint(rows.shape[1], (len(rows), self.per_image), generator=self.generator)
-            rows = rows[torch.arange(len(rows))[:, None], index.to(rows.device)]
-        self.found.append(rows.flatten(0, 1))
+        self.found.append(draw(rows, self.per_image, self.generator).flatten(0, 1))
 
 
 def _channel_grids(values: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:

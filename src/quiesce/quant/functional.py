@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,29 +45,42 @@ def learned_fake_quantize(x: Tensor, scale: Tensor, low: float, high: float) -> 
 
     For the optimization loop: the bounds are numbers, so that nothing is read back from the device.
     """
-    result: Tensor = _FakeQuantize.apply(x, scale, low, high)
+    # What rounds into the range; on ties at its two ends the gradient may be either.
+    inside = (low - 0.5, high + 0.5)
+    return learned_rounding(x, scale, lambda steps: torch.round(steps).clamp_(low, high), inside)
+
+
+def learned_rounding(
+    x: Tensor, scale: Tensor, rounding: Callable[[Tensor], Tensor], inside: tuple[float, float]
+) -> Tensor:
+    """Return ``scale · rounding(x / scale)`` with LSQ's gradients (:func:`fake_quantize`).
+
+    ``inside`` are the ends, in steps, of what is rounded; what lies beyond is clipped.
+    """
+    result: Tensor = _Rounded.apply(x, scale, rounding, inside)
     return result
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _Rounded(torch.autograd.Function):
     """One backward formula instead of the chain of divide, round, clip, multiply."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, rounding: Callable[[Tensor], Tensor], inside: tuple[float, float]
+    ) -> Tensor:
         steps = x / scale
-        clipped = torch.round(steps).clamp_(low, high)
-        ctx.save_for_backward(steps, clipped)
-        # What rounds into the range; on ties at its two ends the gradient may be either.
-        ctx.inside = (low - 0.5, high + 0.5)
-        return clipped * scale
+        rounded = rounding(steps)
+        ctx.save_for_backward(steps, rounded)
+        ctx.inside = inside
+        return rounded * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        steps, clipped = ctx.saved_tensors
+        steps, rounded = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(grad, steps, *ctx.inside)
-        # Σ g·clipped − Σ g·1[inside]·x/s
-        grad_scale = inner(grad, clipped) - inner(inside, steps) if ctx.needs_input_grad[1] else None
+        # Σ g·rounded − Σ g·1[inside]·x/s
+        grad_scale = inner(grad, rounded) - inner(inside, steps) if ctx.needs_input_grad[1] else None
         return inside, grad_scale, None, None
 
 

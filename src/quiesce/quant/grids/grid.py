@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quiesce.quant.functional import inner
+from quiesce.quant.functional import learned_rounding
 from quiesce.quant.ranges import LP_NORM
 from quiesce.quant.spec import QuantizationSpec
 
@@ -67,23 +66,6 @@ class Grid(ABC):
 
     def learned(self, x: Tensor, scale: Tensor, zero_point: float, spec: QuantizationSpec) -> Tensor:
         """Return :meth:`fake_quantize` for the optimization loop, which reads nothing back from the device."""
-        result: Tensor = _Rounded.apply(x, scale, zero_point, spec, self)
-        return result
-
-
-class _Rounded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: float, spec: QuantizationSpec, grid: Grid) -> Tensor:
-        steps = x / scale
-        rounded = grid.round(steps, zero_point, spec)
-        ctx.save_for_backward(steps, rounded)
-        ctx.inside = grid.inside(zero_point, spec)
-        return rounded * scale
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        steps, rounded = ctx.saved_tensors
-        inside = torch.ops.aten.hardtanh_backward(grad, steps, *ctx.inside)
-        grad_scale = inner(grad, rounded) - inner(inside, steps) if ctx.needs_input_grad[1] else None
-        return inside, grad_scale, None, None, None
+        return learned_rounding(
+            x, scale, lambda steps: self.round(steps, zero_point, spec), self.inside(zero_point, spec)
+        )
