@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from quiesce.errors import ModelError
+from quiesce.quant.draws import Draws
 from quiesce.quant.functional import dequantize
 from quiesce.quant.grids import GRIDS
+from quiesce.quant.kernels import NO_CLIP, fused_fake_quantize, is_dense, mixed
 from quiesce.quant.rounding import ROUNDINGS
 from quiesce.quant.rounding.nearest import nearest
 from quiesce.quant.rounding.rounding import Rounding
@@ -69,10 +70,10 @@ class WeightFakeQuantize(nn.Module):
         self.zero_point.copy_(zero_point)
         self.quantized.copy_(nearest(weight, self.spec, self.scale, self.zero_point))
 
-    def start_rounding(self, name: str, weight: Tensor, warm: bool) -> Rounding:
+    def start_rounding(self, name: str, weight: Tensor, warm: bool, *, fused: bool = False) -> Rounding:
         """Attach and return the learned rounding ``name``; ``warm`` starts it from the integers held now."""
         start = self.quantized if warm else None
-        self.rounding = ROUNDINGS[name](weight, self.spec, self.scale, self.zero_point, start)
+        self.rounding = ROUNDINGS[name](weight, self.spec, self.scale, self.zero_point, start, fused=fused)
         return self.rounding
 
     def harden(self) -> None:
@@ -93,30 +94,24 @@ class WeightFakeQuantize(nn.Module):
         )
 
 
-@dataclass(frozen=True)
 class Drop:
-    """QDrop (arXiv 2203.05740): while optimizing, an element stays unquantized with probability ``prob``."""
+    """QDrop (arXiv 2203.05740): while optimizing, an element stays unquantized with probability ``prob``.
 
-    prob: float
-    generator: torch.Generator
+    ``prob`` is resolved to 1/256: an element is left when its random byte is below ``share`` (0-dim).
+    """
 
-    def mix(self, quantized: Tensor, unquantized: Tensor) -> Tensor:
-        """Return, element by element, ``unquantized`` with probability ``prob``, else ``quantized``.
-
-        Eight elements share one random 64-bit number, so ``prob`` is resolved to 1/256.
-        """
-        count = quantized.numel()
-        words = torch.empty(-(-count // 8), dtype=torch.int64, device=quantized.device)
-        words.random_(-(2**63), None, generator=self.generator)
+    def __init__(self, prob: float, draws: Draws) -> None:
+        self.draws = draws
         # 256 does not fit a byte: compared with one, it would be 0.
-        share = min(round(256 * self.prob), 255)
-        dropped = (words.view(torch.uint8)[:count] < share).to(quantized.dtype)
-        return torch.lerp(quantized, unquantized, dropped.as_strided(quantized.shape, _dense_strides(quantized)))
+        self.share = torch.tensor(float(min(round(256 * prob), 255)), device=draws.device)
 
-
-def _dense_strides(like: Tensor) -> tuple[int, ...]:
-    """Strides of a tensor without gaps that lies in memory as ``like`` does."""
-    return torch.empty_like(like, device="meta").stride()
+    def mix(self, number: int, quantized: Tensor, unquantized: Tensor) -> Tensor:
+        """Return, element by element, ``unquantized`` with probability ``prob``, else ``quantized``: tensor ``number``
+        of the unit."""
+        random = self.draws.bytes(number, quantized)
+        needs_grad = quantized.requires_grad or unquantized.requires_grad
+        fused = self.draws.fused and not (needs_grad and torch.is_grad_enabled())
+        return mixed(quantized, unquantized, random, self.share, fused=fused)
 
 
 class ActivationFakeQuantize(nn.Module):
@@ -129,30 +124,43 @@ class ActivationFakeQuantize(nn.Module):
         super().__init__()
         self.spec = spec
         self.enabled = True
-        self.drop: Drop | None = None
         self.largest = math.inf
         """Value above which the grid shall not end when the scale has been learned."""
-        self._learned_zero_point: float | None = None
+        self._learning: _Learning | None = None
         self.register_buffer("scale", like.new_ones(()))
         self.register_buffer("zero_point", like.new_zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
-        grid = GRIDS[self.spec.grid]
-        if self._learned_zero_point is None:
-            return grid.fake_quantize(x, self.scale, self.zero_point, self.spec)
-        quantized = grid.learned(x, self.scale, self._learned_zero_point, self.spec)
-        return quantized if self.drop is None else self.drop.mix(quantized, x)
+        if self._learning is not None:
+            return self._learning(x)
+        return GRIDS[self.spec.grid].fake_quantize(x, self.scale, self.zero_point, self.spec)
 
-    def start_learning(self, drop: Drop | None, learn_scale: bool) -> None:
-        """Prepare for the optimization loop: gradients flow through, elements are dropped, the scale may be learned."""
-        self._learned_zero_point = float(self.zero_point)
-        self.drop = drop
+    @property
+    def has_kernel(self) -> bool:
+        """True when all that is done while learning can be one compiled kernel."""
+        return self.spec.grid == "uniform"
+
+    def start_learning(
+        self,
+        learn_scale: bool,
+        drop: Drop | None = None,
+        number: int = 0,
+        *,
+        fused: bool = False,
+        clip: tuple[float, float] = NO_CLIP,
+    ) -> None:
+        """Prepare for the optimization loop: gradients flow through, elements are dropped, the scale may be learned.
+
+        ``number`` tells the unit's tensors apart. ``fused`` takes one compiled kernel where there is one, which can
+        ``clip`` its input too.
+        """
         self.scale.requires_grad_(learn_scale)
+        self._learning = _Learning(self, drop, number, fused, clip)
 
     def stop_learning(self) -> None:
-        self._learned_zero_point = self.drop = None
+        self._learning = None
         self.scale.requires_grad_(False)
         self.scale.grad = None
         if self.largest < math.inf:
@@ -161,6 +169,32 @@ class ActivationFakeQuantize(nn.Module):
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+
+
+class _Learning:
+    """How an activation is quantized in the optimization loop, with its zero point as a number."""
+
+    def __init__(
+        self, quantizer: ActivationFakeQuantize, drop: Drop | None, number: int, fused: bool, clip: tuple[float, float]
+    ) -> None:
+        self.clip = clip
+        self.scale, self.spec, self.drop, self.number = quantizer.scale, quantizer.spec, drop, number
+        self.grid = GRIDS[self.spec.grid]
+        self.zero_point = float(quantizer.zero_point)
+        self.numbers: Tensor | None = None
+        """What the kernel takes, where there is one."""
+        if fused and quantizer.has_kernel:
+            ends = (self.spec.quant_min - self.zero_point, self.spec.quant_max - self.zero_point)
+            share = 0.0 if drop is None else float(drop.share)
+            self.numbers = self.scale.new_tensor([*ends, *clip, share])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.numbers is not None and is_dense(x):
+            random = None if self.drop is None else self.drop.draws.bytes(self.number, x)
+            return fused_fake_quantize(x, self.scale, self.numbers, random)
+        x = x if self.clip == NO_CLIP else x.clamp(*self.clip)
+        quantized = self.grid.learned(x, self.scale, self.zero_point, self.spec)
+        return quantized if self.drop is None else self.drop.mix(self.number, quantized, x)
 
 
 FakeQuantize = WeightFakeQuantize | ActivationFakeQuantize

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quiesce.quant.kernels import in_memory_order, is_dense
+
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Return the integers of ``x`` as a float tensor of its shape; scale and zero point broadcast against ``x``."""
@@ -86,14 +88,6 @@ class _Rounded(torch.autograd.Function):
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Return Σ a·b of two tensors of one shape, without a temporary when they lie alike in memory."""
-    if a.stride() == b.stride() and _is_dense(a):
-        return torch.dot(_in_memory_order(a), _in_memory_order(b))
+    if a.stride() == b.stride() and is_dense(a):
+        return torch.dot(in_memory_order(a), in_memory_order(b))
     return (a * b).sum()
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-
-
-def _in_memory_order(x: Tensor) -> Tensor:
-    return x.as_strided((x.numel(),), (1,))

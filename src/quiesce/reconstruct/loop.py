@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +18,7 @@ from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore, snapshot
 from quiesce.recipe import Recipe, ReconstructionRecipe
 from quiesce.reconstruct.guard import Guard, Trial
-from quiesce.reconstruct.optimize import Problem, optimize
+from quiesce.reconstruct.optimize import Course, Problem, optimize
 from quiesce.reconstruct.streams import Network, Streams, Tensors
 from quiesce.result import UnitRecord
 
@@ -41,6 +41,8 @@ class Job:
     reconstruction: ReconstructionRecipe
     regularizer_weight: float
     fisher: Tensors | None = None
+    fused: bool = False
+    """Elementwise maths of steps as compiled kernels."""
 
     def learns(self, unit: Unit) -> bool:
         """False for a unit that is left float: it has nothing to optimize."""
@@ -138,24 +140,23 @@ class _Walk:
         """Optimize the unit that starts here, for no steps if it has nothing to learn, and move behind it."""
         began = time.perf_counter()
         progress.enter(unit.name)
-        curve = self._learn(unit, steps, warm, progress) if steps else []
+        course = self._learn(unit, steps, warm, progress) if steps else Course([])
         seconds = time.perf_counter() - began
         self.advance(unit.stop)
-        return UnitRecord(names, steps, seconds, curve)
+        return UnitRecord(names, steps, seconds, course.curve, returns=course.returns)
 
-    def _learn(self, unit: Unit, steps: int, warm: bool, progress: Progress) -> list[list[float]]:
+    def _learn(self, unit: Unit, steps: int, warm: bool, progress: Progress) -> Course:
         job = self.job
-        generator = torch.Generator(device=next(iter(job.inputs.values())).device)
-        # A seed per unit: a unit's draws do not depend on what was optimized, or reused, before it.
-        generator.manual_seed((job.recipe.seed * 1_000_003 + unit.start) % 2**63)
         return optimize(
             self._problem(unit),
             job.reconstruction,
             steps=steps,
             regularizer_weight=job.regularizer_weight,
             warm=warm,
-            generator=generator,
+            # A seed per unit: a unit's draws do not depend on what was optimized, or reused, before it.
+            seed=(job.recipe.seed * 1_000_003 + unit.start) % 2**63,
             on_step=progress.tick,
+            fused=job.fused,
         )
 
     def _problem(self, unit: Unit) -> Problem:
@@ -181,6 +182,7 @@ class _Walk:
             targets=[wanted[name] for name in outputs],
             weights=None if job.fisher is None else [job.fisher[name][:images] for name in outputs],
             together=job.together,
+            name=unit.name,
         )
 
 
@@ -232,7 +234,7 @@ class _GroupWalk(_Walk):
         assert self.previous is not None
         record = self.previous.records[self.previous.groups.index(group)]
         self.advance(self._unit(group).stop)
-        self._keep(group, UnitRecord(record.modules, record.steps, record.seconds, record.loss_curve, reused=True))
+        self._keep(group, replace(record, reused=True))
 
     def _reconstruct(self, group: list[int]) -> None:
         """Optimize a group on the streams as they are; a merged unit starts from the previous pass if it may."""

@@ -1,26 +1,39 @@
 """Optimize one unit: learn its rounding and step sizes so that its output matches the float one.
 
 One loop for all methods: AdaRound, BRECQ and QDrop differ in the unit's extent, the drop, and what is learned. A step
-is a static function of an index, β and learning rates: what is constant is made before the first one, and nothing is
-read back from the device until the last.
+is a static function of images, β and learning rates: what is constant is made before the first one, and nothing is
+read back from the device but every hundred steps.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from quiesce.errors import ModelError
+from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, Drop, WeightFakeQuantize
+from quiesce.quant.kernels import NO_CLIP
 from quiesce.quant.rounding.rounding import Rounding
 from quiesce.recipe import ReconstructionRecipe
+from quiesce.reconstruct.fuse import Clip, without_clips
 from quiesce.reconstruct.losses import squared_error, weighted_squared_error
 
 CURVE_POINTS = 50
 """Points of the loss curve that is kept."""
+CHECKED_STEPS = 100
+"""Steps after which it is looked whether losses are still finite, and where a unit goes back to if they are not."""
+SLOWER = 0.1
+"""Factor on the learning rates after going back."""
+MOST_RETURNS = 3
+"""Times that a unit goes back before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,25 @@ class Problem:
     """Fisher weights of the targets, or None."""
     together: int = 1
     """Neighbouring images that stay together in every batch."""
+    name: str = "unit"
+
+    @property
+    def images(self) -> int:
+        return self.targets[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.targets[0].device
+
+
+@dataclass(frozen=True)
+class Course:
+    """How an optimization went."""
+
+    curve: list[list[float]]
+    """Pairs ``[step, loss]``: the reconstruction loss (no regularizer) averaged since the pair before."""
+    returns: int = 0
+    """Times it went back to an earlier step, as the loss was no longer finite."""
 
 
 def optimize(
@@ -44,23 +76,33 @@ def optimize(
     steps: int,
     regularizer_weight: float,
     warm: bool,
-    generator: torch.Generator,
+    seed: int,
     on_step: Callable[[], None],
-) -> list[list[float]]:
-    """Learn the unit's state in place, harden it, and return the loss curve (pairs ``[step, loss]``).
+    fused: bool = False,
+) -> Course:
+    """Learn the unit's state in place and harden it.
 
-    The unit must have something to learn (:meth:`~quiesce.reconstruct.streams.Network.learns`).
+    The unit must have something to learn (:meth:`~quiesce.reconstruct.streams.Network.learns`). ``fused`` runs
+    elementwise maths as compiled kernels (:mod:`quiesce.quant.kernels`).
+
+    Raises:
+        ModelError: the loss is not finite, however small the learning rates; the unit is hardened as it was before.
     """
-    drop = Drop(recipe.drop_prob, generator) if recipe.drop_prob > 0 else None
-    learned = _Learned.attach(problem.module, recipe, warm, drop)
+    draws = Draws(seed, problem.device, fused=fused)
+    drop = Drop(recipe.drop_prob, draws) if recipe.drop_prob > 0 else None
+    clips: dict[str, Clip] = {}
+    if fused:
+        module, clips = without_clips(problem.module)
+        problem = replace(problem, module=module)
+    learned = Learned.attach(problem.module, recipe, warm, drop, fused=fused, clips=clips)
     try:
-        return _run(problem, recipe, learned, drop, steps, regularizer_weight, generator, on_step)
+        return _run(Step(problem, recipe, learned, drop, regularizer_weight, steps), seed, steps, on_step)
     finally:
         learned.harden()
 
 
 @dataclass
-class _Learned:
+class Learned:
     """What a unit learns: a rounding per weight, a step size per activation."""
 
     weights: list[WeightFakeQuantize]
@@ -68,20 +110,34 @@ class _Learned:
     step_sizes: list[Tensor]
 
     @classmethod
-    def attach(cls, module: fx.GraphModule, recipe: ReconstructionRecipe, warm: bool, drop: Drop | None) -> _Learned:
+    def attach(
+        cls,
+        module: fx.GraphModule,
+        recipe: ReconstructionRecipe,
+        warm: bool,
+        drop: Drop | None,
+        *,
+        fused: bool = False,
+        clips: Mapping[str, Clip] = MappingProxyType({}),
+    ) -> Learned:
         weights, activations = [], []
         for node in module.graph.nodes:
             quantizer = getattr(module, str(node.target)) if node.op == "call_module" else None
             if isinstance(quantizer, WeightFakeQuantize):
-                quantizer.start_rounding(recipe.rounding, getattr(module, str(node.args[0].target)), warm)
+                weight = getattr(module, str(node.args[0].target))
+                quantizer.start_rounding(recipe.rounding, weight, warm, fused=fused)
                 weights.append(quantizer)
             elif isinstance(quantizer, ActivationFakeQuantize):
-                quantizer.start_learning(drop, recipe.learn_step_sizes)
+                clip, number = clips.get(str(node.target), NO_CLIP), len(activations)
+                quantizer.start_learning(recipe.learn_step_sizes, drop, number, fused=fused, clip=clip)
                 activations.append(quantizer)
         return cls(weights, activations, [q.scale for q in activations if recipe.learn_step_sizes])
 
     def roundings(self) -> list[Rounding]:
         return [q.rounding for q in self.weights if q.rounding is not None]
+
+    def variables(self) -> list[Tensor]:
+        return [*(r.V for r in self.roundings()), *self.step_sizes]
 
     def harden(self) -> None:
         for quantizer in self.weights:
@@ -90,40 +146,128 @@ class _Learned:
             activation.stop_learning()
 
 
-def _run(
-    problem: Problem,
-    recipe: ReconstructionRecipe,
-    learned: _Learned,
-    drop: Drop | None,
-    steps: int,
-    regularizer_weight: float,
-    generator: torch.Generator,
-    on_step: Callable[[], None],
-) -> list[list[float]]:
-    images, device = problem.targets[0].shape[0], problem.targets[0].device
-    order = _batch_order(images, steps, recipe.batch_size, generator, problem.together)
-    roundings = learned.roundings()
-    step_sizes = _adam(learned.step_sizes, recipe.step_size_lr)
-    optimizers = _adam([r.V for r in roundings], recipe.rounding_lr) + step_sizes
-    floors = [scale.detach() * 1e-3 for scale in learned.step_sizes]
-    losses = torch.zeros(steps, device=device)
-    betas = torch.tensor([_beta(t, steps, recipe) for t in range(steps)], device=device)
-    warmup = int(recipe.warmup * steps)
-    for step in range(steps):
-        index = order[step]
-        loss = _loss(problem, index, drop)
-        losses[step].copy_(loss.detach())
-        if step >= warmup and regularizer_weight > 0 and roundings:
-            loss = loss + regularizer_weight * torch.stack([r.regularizer(betas[step]) for r in roundings]).sum()
-        for optimizer in optimizers:
+class Step:
+    """One step: draw, forward, backward, update."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        recipe: ReconstructionRecipe,
+        learned: Learned,
+        drop: Drop | None,
+        regularizer_weight: float,
+        steps: int,
+    ) -> None:
+        self.problem, self.recipe, self.learned, self.drop, self.steps = problem, recipe, learned, drop, steps
+        self.roundings = learned.roundings()
+        self.rounding_optimizers = _adam([r.V for r in self.roundings], recipe.rounding_lr)
+        self.step_size_optimizers = _adam(learned.step_sizes, recipe.step_size_lr)
+        self.floors = [scale.detach() * 1e-3 for scale in learned.step_sizes]
+        self.slowness = 1.0
+        """Factor on the learning rates."""
+        self.warmup = int(recipe.warmup * steps) if regularizer_weight > 0 else steps
+        numbers = {"dtype": problem.targets[0].dtype, "device": problem.device}
+        self.numbers = torch.arange(steps, device=problem.device)
+        self.betas = torch.tensor([_beta(t, steps, recipe) for t in range(steps)], **numbers)
+        self.regularizer_weight = torch.tensor(regularizer_weight, **numbers)
+
+    def take(self, step: int, images: Tensor) -> Tensor:
+        """Take step number ``step`` on ``images`` (their numbers), and return the reconstruction loss before it."""
+        for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(step, images)
         loss.backward()  # type: ignore[no-untyped-call]
-        _set_cosine(step_sizes, recipe.step_size_lr, step / steps)
-        for optimizer in optimizers:
+        if step >= self.warmup:
+            for rounding in self.roundings:
+                rounding.add_penalty(self.betas[step], self.regularizer_weight)
+        self._set_rates(step)
+        for optimizer in self._optimizers:
             optimizer.step()
-        _keep_positive(learned.step_sizes, floors)
-        on_step()
-    return _curve(losses)
+        self._keep_positive()
+        return loss.detach()
+
+    def loss(self, step: int, images: Tensor) -> Tensor:
+        """Return the reconstruction loss on ``images`` with the draws of ``step``."""
+        problem, drop = self.problem, self.drop
+        if drop is not None:
+            drop.draws.begin(self.numbers[step], images)
+        inputs = []
+        # Activations are numbered 0, 1, …, and inputs −1, −2, …
+        for i, (q, f) in enumerate(zip(problem.quantized_inputs, problem.float_inputs, strict=True)):
+            inputs.append(q[images] if drop is None or q is f else drop.mix(-1 - i, q[images], f[images]))
+        total = []
+        for i, (output, target) in enumerate(zip(problem.module(*inputs), problem.targets, strict=True)):
+            if problem.weights is None:
+                total.append(squared_error(output, target[images]))
+            else:
+                total.append(weighted_squared_error(output, target[images], problem.weights[i][images]))
+        return total[0] if len(total) == 1 else torch.stack(total).sum()
+
+    def state(self) -> dict[str, Any]:
+        """Return a copy of all that steps change."""
+        return {
+            "variables": [v.detach().clone() for v in self.learned.variables()],
+            "optimizers": [copy.deepcopy(o.state_dict()) for o in self._optimizers],
+        }
+
+    @torch.no_grad()
+    def go_back(self, state: dict[str, Any]) -> None:
+        for variable, value in zip(self.learned.variables(), state["variables"], strict=True):
+            variable.copy_(value)
+        for optimizer, value in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(value)
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Adam]:
+        return self.rounding_optimizers + self.step_size_optimizers
+
+    def _set_rates(self, step: int) -> None:
+        """Rounding learns at a constant rate, step sizes at one with a cosine decay to 0."""
+        decay = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        for optimizer in self.rounding_optimizers:
+            optimizer.param_groups[0]["lr"] = self.slowness * self.recipe.rounding_lr
+        for optimizer in self.step_size_optimizers:
+            optimizer.param_groups[0]["lr"] = self.slowness * self.recipe.step_size_lr * decay
+
+    @torch.no_grad()
+    def _keep_positive(self) -> None:
+        """A step size that learning would push through zero stops at a thousandth of where it started."""
+        for scale, floor in zip(self.learned.step_sizes, self.floors, strict=True):
+            torch.maximum(scale, floor, out=scale)
+
+
+def _run(step: Step, seed: int, steps: int, on_step: Callable[[], None]) -> Course:
+    """Take all steps; when the loss is no longer finite, go back to where it was, and on at smaller rates."""
+    problem, recipe = step.problem, step.recipe
+    order = _batch_order(problem, steps, recipe.batch_size, seed)
+    losses = torch.zeros(steps, device=problem.device)
+    good, state, returns, number = 0, step.state(), 0, 0
+    reported = 0
+    while number < steps:
+        losses[number].copy_(step.take(number, order[number]))
+        number += 1
+        if number > reported:
+            on_step()
+            reported = number
+        if number % CHECKED_STEPS == 0 or number == steps:
+            if _finite([losses[good:number], *step.learned.variables()]):
+                good, state = number, step.state()
+                continue
+            step.go_back(state)
+            returns += 1
+            if returns > MOST_RETURNS:
+                raise ModelError(
+                    f"unit {problem.name}: the loss gets NaN or infinite behind step {good}, at learning rates of "
+                    f"{SLOWER**MOST_RETURNS:g} of the recipe's too; leave its layers float, or lower rounding_lr and "
+                    "step_size_lr."
+                )
+            step.slowness *= SLOWER
+            number = good
+    return Course(_curve(losses), returns)
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 
 def _adam(variables: list[Tensor], rate: float) -> list[torch.optim.Adam]:
@@ -131,24 +275,13 @@ def _adam(variables: list[Tensor], rate: float) -> list[torch.optim.Adam]:
     return [torch.optim.Adam(variables, lr=rate, fused=True)] if variables else []
 
 
-def _batch_order(images: int, steps: int, batch_size: int, generator: torch.Generator, together: int) -> Tensor:
+def _batch_order(problem: Problem, steps: int, batch_size: int, seed: int) -> Tensor:
     """Indices [steps, batch_size] of the images of each step, none twice in a step; neighbours ``together``."""
-    where, clips, size = generator.device, images // together, batch_size // together
+    where, together = problem.device, problem.together
+    generator = torch.Generator(device=where).manual_seed(seed)
+    clips, size = problem.images // together, batch_size // together
     draws = torch.stack([torch.randperm(clips, generator=generator, device=where)[:size] for _ in range(steps)])
     return (draws.unsqueeze(-1) * together + torch.arange(together, device=where)).flatten(1)
-
-
-def _loss(problem: Problem, index: Tensor, drop: Drop | None) -> Tensor:
-    pairs = zip(problem.quantized_inputs, problem.float_inputs, strict=True)
-    inputs = [q[index] if drop is None or q is f else drop.mix(q[index], f[index]) for q, f in pairs]
-    outputs = problem.module(*inputs)
-    total = []
-    for i, (output, target) in enumerate(zip(outputs, problem.targets, strict=True)):
-        if problem.weights is None:
-            total.append(squared_error(output, target[index]))
-        else:
-            total.append(weighted_squared_error(output, target[index], problem.weights[i][index]))
-    return total[0] if len(total) == 1 else torch.stack(total).sum()
 
 
 def _beta(step: int, steps: int, recipe: ReconstructionRecipe) -> float:
@@ -156,18 +289,6 @@ def _beta(step: int, steps: int, recipe: ReconstructionRecipe) -> float:
     start = recipe.warmup * steps
     progress = max(0.0, (step - start) / max(1.0, steps - start))
     return recipe.beta_start + (recipe.beta_end - recipe.beta_start) * progress
-
-
-def _set_cosine(optimizers: list[torch.optim.Adam], rate: float, progress: float) -> None:
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = 0.5 * rate * (1 + math.cos(math.pi * progress))
-
-
-@torch.no_grad()
-def _keep_positive(step_sizes: list[Tensor], floors: list[Tensor]) -> None:
-    """A step size that learning would push through zero stops at a thousandth of where it started."""
-    for scale, floor in zip(step_sizes, floors, strict=True):
-        torch.maximum(scale, floor, out=scale)
 
 
 def _curve(losses: Tensor) -> list[list[float]]:

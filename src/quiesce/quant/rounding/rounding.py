@@ -16,9 +16,19 @@ class Rounding(nn.Module, ABC):
 
     @abstractmethod
     def __init__(
-        self, weight: Tensor, spec: QuantizationSpec, scale: Tensor, zero_point: Tensor, start: Tensor | None = None
+        self,
+        weight: Tensor,
+        spec: QuantizationSpec,
+        scale: Tensor,
+        zero_point: Tensor,
+        start: Tensor | None = None,
+        *,
+        fused: bool = False,
     ) -> None:
-        """Start at ``weight``, or between it and the integers ``start``; scale and zero point are [channels] or []."""
+        """Start at ``weight``, or between it and the integers ``start``; scale and zero point are [channels] or [].
+
+        ``fused`` asks for compiled kernels, where the rounding has them.
+        """
         super().__init__()
 
     @abstractmethod
@@ -27,7 +37,11 @@ class Rounding(nn.Module, ABC):
 
     @abstractmethod
     def regularizer(self, beta: Tensor) -> Tensor:
-        """Return the 0-dim penalty that drives the rounding of the last forward to a decision."""
+        """Return the 0-dim penalty that drives the rounding to a decision."""
+
+    def add_penalty(self, beta: Tensor, weight: Tensor) -> None:
+        """Add the gradient of ``weight`` (0-dim) times :meth:`regularizer` to that of ``V``."""
+        (weight * self.regularizer(beta)).backward()  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def harden(self) -> Tensor:

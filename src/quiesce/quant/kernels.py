@@ -1,0 +1,254 @@
+"""Elementwise maths of an optimization step, each as one pass over memory where torch.compile finds a compiler.
+
+A kernel takes flat tensors, so that it is compiled once and serves every layer: :func:`in_memory_order` gives the flat
+view of a tensor without gaps. Numbers that change are tensors, as a number would be compiled in. Eager, the same
+functions run operator by operator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ZETA, GAMMA = 1.1, -0.1
+"""Stretch of AdaRound's rectified sigmoid, so that h reaches 0 and 1 (arXiv 2004.10568, eq. 23)."""
+
+NO_CLIP = (-math.inf, math.inf)
+
+
+@cache
+def problem(device: torch.device) -> str | None:
+    """Return why kernels can't be fused on ``device``, or None if they can: tries one."""
+    numbers = torch.arange(4, device=device)
+    try:
+        same = torch.equal(random_words(numbers, 8, fused=True), random_words(numbers, 8, fused=False))
+    except Exception as error:  # whatever the compiler, or a missing one, raises
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None if same else "a compiled kernel gave other numbers than torch"
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _kernel(function: Callable[..., Any], fused: bool) -> Callable[..., Any]:
+    return _compiled(function) if fused else function
+
+
+def is_dense(x: Tensor) -> bool:
+    """Tell whether ``x`` lies in memory without gaps, row by row or with channels last."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """Return a tensor that :func:`is_dense` as a flat one in the same memory, without its gradient."""
+    return _in_memory_of(x, x.numel())
+
+
+def _in_memory_of(x: Tensor, *shape: int) -> Tensor:
+    """No view, but a tensor of its own: torch.compile compiles again for views of other shapes."""
+    strides = torch.empty(shape, device="meta").stride()
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), x.storage_offset(), shape, strides)
+
+
+def alike(x: Tensor, other: Tensor) -> Tensor:
+    """Return ``x`` as it lies in memory where ``other``, of its shape, lies so too; else a copy that does."""
+    return x if x.stride() == other.stride() else torch.empty_like(other).copy_(x)
+
+
+# ---- random numbers ----------------------------------------------------------------------------------------------
+
+
+def mix64(x: Tensor) -> Tensor:
+    """Return the SplitMix64 hash of each number of ``x`` (int64). A shift right keeps the sign, hence the masks."""
+    x = (x ^ ((x >> 30) & 0x3_FFFF_FFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1F_FFFF_FFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1_FFFF_FFFF)
+
+
+def random_words(keys: Tensor, count: int, *, fused: bool) -> Tensor:
+    """Return ``count`` random 64-bit numbers for each of ``keys`` (int64 [rows]): int64 [rows, count]."""
+    words: Tensor = _kernel(_random_words, fused)(keys, torch.arange(count, device=keys.device))
+    return words
+
+
+def _random_words(keys: Tensor, index: Tensor) -> Tensor:
+    return mix64(mix64(keys)[:, None] + index * -0x61C8864680B583EB)
+
+
+# ---- activations -------------------------------------------------------------------------------------------------
+
+
+def mixed(quantized: Tensor, unquantized: Tensor, random: Tensor, share: Tensor, *, fused: bool) -> Tensor:
+    """Return ``unquantized`` where the ``random`` bytes (flat) are below ``share`` (0-dim), else ``quantized``.
+
+    Not differentiable when ``fused``, which takes two tensors that lie alike in memory without gaps.
+    """
+    if fused and is_dense(quantized) and quantized.stride() == unquantized.stride():
+        flat = _compiled(_mixed)(in_memory_order(quantized), in_memory_order(unquantized), random, share)
+        return flat.as_strided(quantized.shape, quantized.stride())
+    dropped = (random < share).to(quantized.dtype)
+    strides = torch.empty_like(quantized, device="meta").stride()
+    return torch.lerp(quantized, unquantized, dropped.as_strided(quantized.shape, strides))
+
+
+def _mixed(quantized: Tensor, unquantized: Tensor, random: Tensor, share: Tensor) -> Tensor:
+    return torch.where(random.to(quantized.dtype) < share, unquantized, quantized)
+
+
+def fused_fake_quantize(x: Tensor, scale: Tensor, numbers: Tensor, random: Tensor | None) -> Tensor:
+    """Return clip(x, c₀, c₁) fake-quantized with one scale (0-dim), or as it is where ``random`` bytes say so.
+
+    Args:
+        x: dense (:func:`is_dense`).
+        scale: of the grid ``scale · {low, …, high}``; differentiated by as in LSQ (arXiv 1902.08153, eq. 3).
+        numbers: ``[low, high, c₀, c₁, share]``: the grid's ends less the zero point, the clipping in front of it (±∞
+            for none), and the number of 256 bytes that leave an element unquantized (QDrop).
+        random: a byte for each element (flat), or None for no drop.
+    """
+    result: Tensor = _FusedFakeQuantize.apply(x, scale, numbers, random)
+    return result
+
+
+class _FusedFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, numbers: Tensor, random: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, scale, numbers, *([] if random is None else [random]))
+        flat = in_memory_order(x)
+        if random is None:
+            made = _compiled(_quantized)(flat, scale, numbers)
+        else:
+            made = _compiled(_quantized_or_dropped)(flat, scale, numbers, random)
+        return made.as_strided(x.shape, x.stride())  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, numbers, *random = ctx.saved_tensors
+        flat = in_memory_order(alike(grads[0], x)), in_memory_order(x)
+        function = _dropped_gradients if random else _quantized_gradients
+        to_x, to_scale = _compiled(function)(*flat, scale, numbers, *random)
+        return to_x.as_strided(x.shape, x.stride()), to_scale, None, None
+
+
+def _quantized(x: Tensor, scale: Tensor, numbers: Tensor) -> Tensor:
+    low, high, first, last, _ = numbers.unbind()
+    return torch.round(_clip(x, first, last) / scale).clamp(low, high) * scale
+
+
+def _quantized_or_dropped(x: Tensor, scale: Tensor, numbers: Tensor, random: Tensor) -> Tensor:
+    _, _, first, last, share = numbers.unbind()
+    return torch.where(random.to(x.dtype) < share, _clip(x, first, last), _quantized(x, scale, numbers))
+
+
+def _quantized_gradients(grad: Tensor, x: Tensor, scale: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    low, high, first, last, _ = numbers.unbind()
+    steps = _clip(x, first, last) / scale
+    rounded = torch.round(steps).clamp(low, high)
+    # What rounds into the range; on ties at its two ends the gradient may be either.
+    inside = (steps > low - 0.5) & (steps < high + 0.5)
+    to_x = torch.where(inside & (x > first) & (x < last), grad, 0.0)
+    return to_x, (grad * torch.where(inside, rounded - steps, rounded)).sum()
+
+
+def _dropped_gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, numbers: Tensor, random: Tensor
+) -> tuple[Tensor, Tensor]:
+    low, high, first, last, share = numbers.unbind()
+    dropped = random.to(x.dtype) < share
+    steps = _clip(x, first, last) / scale
+    rounded = torch.round(steps).clamp(low, high)
+    inside = (steps > low - 0.5) & (steps < high + 0.5)
+    to_x = torch.where((dropped | inside) & (x > first) & (x < last), grad, 0.0)
+    to_scale = torch.where(dropped, 0.0, grad * torch.where(inside, rounded - steps, rounded)).sum()
+    return to_x, to_scale
+
+
+def _clip(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, first), last)
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+
+def soft_weight(V: Tensor, base: Tensor, zero_point: Tensor, scale: Tensor, ends: Tensor, *, fused: bool) -> Tensor:
+    """Return AdaRound's s·(clip(base + h(V), q_min, q_max) − z), differentiable by ``V`` (arXiv 2004.10568, eq. 22).
+
+    ``base`` is ⌊W/s⌋ + z in the shape of ``V``; ``zero_point`` and ``scale`` broadcast against it; ``ends`` is
+    [q_min, q_max]. ``fused`` takes a V that :func:`has_rows`.
+    """
+    if not fused:
+        return _soft_weight(V, base, zero_point, scale, ends)
+    result: Tensor = _FusedSoftWeight.apply(V, base, zero_point, scale, ends)
+    return result
+
+
+def has_rows(V: Tensor, scale: Tensor) -> bool:
+    """Tell whether ``V`` is dense, with one scale for all of it or one for each entry of its first axis."""
+    return is_dense(V) and scale.numel() == (scale.shape[0] if scale.ndim else 1)
+
+
+class _FusedSoftWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, V: Tensor, base: Tensor, zero_point: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(V, base, scale, ends)
+        rows = scale.numel()
+        flat = _compiled(_soft_weight)(
+            _rows(V, rows), _rows(base, rows), _rows(zero_point, rows), _rows(scale, rows), ends
+        )
+        return flat.as_strided(V.shape, V.stride())  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        V, base, scale, ends = ctx.saved_tensors
+        rows = scale.numel()
+        flat = _compiled(_soft_weight_gradient)(
+            _rows(alike(grads[0], V), rows), _rows(V, rows), _rows(base, rows), _rows(scale, rows), ends
+        )
+        return flat.as_strided(V.shape, V.stride()), None, None, None, None
+
+
+def _rows(x: Tensor, rows: int) -> Tensor:
+    return _in_memory_of(x, rows, x.numel() // rows)
+
+
+def soft_rounding(V: Tensor) -> Tensor:
+    """Return h(V) = clip(1.2·σ(V) − 0.1, 0, 1), the share of a step that is added (AdaRound, eq. 23)."""
+    return (torch.sigmoid(V) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+
+
+def _soft_weight(V: Tensor, base: Tensor, zero_point: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
+    low, high = ends.unbind()
+    return (torch.clamp(base + soft_rounding(V), low, high) - zero_point) * scale
+
+
+def _slope(V: Tensor) -> Tensor:
+    """dh/dV."""
+    share = torch.sigmoid(V)
+    stretched = share * (ZETA - GAMMA) + GAMMA
+    return torch.where((stretched >= 0.0) & (stretched <= 1.0), share * (1.0 - share) * (ZETA - GAMMA), 0.0)
+
+
+def _soft_weight_gradient(grad: Tensor, V: Tensor, base: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
+    low, high = ends.unbind()
+    integers = base + soft_rounding(V)
+    return torch.where((integers >= low) & (integers <= high), grad * scale * _slope(V), 0.0)
+
+
+def penalty_gradient(V: Tensor, grad: Tensor, beta: Tensor, weight: Tensor, *, fused: bool) -> Tensor:
+    """Return ``grad`` plus the gradient by ``V`` of weight · Σ (1 − |2h(V) − 1|^β) (AdaRound, eq. 24)."""
+    if not (fused and is_dense(V)):
+        return _penalty_gradient(V, grad, beta, weight)
+    flat = _compiled(_penalty_gradient)(in_memory_order(V), in_memory_order(alike(grad, V)), beta, weight)
+    return flat.as_strided(V.shape, V.stride())  # type: ignore[no-any-return]
+
+
+def _penalty_gradient(V: Tensor, grad: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
+    distance = 2.0 * soft_rounding(V) - 1.0
+    slope = distance.abs().pow(beta - 1.0) * distance.sign() * _slope(V)
+    return grad - (2.0 * weight * beta) * slope
