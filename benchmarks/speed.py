@@ -1,0 +1,290 @@
+"""Time reconstruction as the references write it against Quiesce's, side by side in one process.
+
+    pip install ".[models]"
+    python benchmarks/speed.py --quick
+    python benchmarks/speed.py --networks demo mobilenetv2 resnet18 --steps 500
+
+Both do the same work: every block of a network, the same number of steps, batch, bits, dtype and threads. The baseline
+(benchmarks/plain_loop.py) is checked to give the same losses for the same draws. Weights are random, with batch-norm
+statistics of random images, and so are images: they do not change the speed. Compilation is part of the time, from an
+empty cache. The last line printed is ``speedup R``: seconds of the baseline by seconds of Quiesce, over all networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from plain_loop import PlainLoop
+from quiesce import Recipe
+from quiesce.demo import load_images, load_network
+from quiesce.outputs import write_text
+from quiesce.pipeline import Prepared, _job, prepare, regularizer_weight
+from quiesce.quant.draws import Draws
+from quiesce.quant.fake_quantize import Drop, restore
+from quiesce.reconstruct.loop import _Walk
+from quiesce.reconstruct.optimize import Learned, Problem, Step, _batch_order, optimize
+from quiesce.reconstruct.streams import Network
+from quiesce.result import hardware, versions
+
+OUT = Path(__file__).parent / "results" / "speed.json"
+VARIANTS = ("baseline", "eager", "fused")
+FLOOR = ("convolution", "mm", "bmm", "linear")
+"""Operators that no loop can do without: their part of a step is the floor."""
+CHECKED_STEPS, TOLERANCE = 5, 1e-6
+PROFILED_STEPS = 3
+
+
+@dataclass
+class Row:
+    """One way to optimize one network."""
+
+    network: str
+    variant: str
+    units: int
+    steps: int
+    """For each unit."""
+    seconds: float
+    """Of all steps of all units, compilation included."""
+    steady_seconds: float
+    """The same at the median time of each unit's steps: what is left when compilation is long past."""
+    steps_per_second: float
+    peak_mib: float
+    """Most resident memory while it ran."""
+    floor_share: float
+    """Share of operators' time that convolutions and products took."""
+    seconds_by_unit: dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=sorted(NETWORKS))
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--preset", default="qdrop-fast")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--quick", action="store_true", help="one network, few steps: 5 minutes on two cores")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    if options.quick:
+        options.networks, options.variants, options.steps = ["mobilenetv2"], ["baseline", "fused"], 100
+        options.out = Path("runs/speed-quick.json")
+    torch.set_num_threads(options.threads)
+    record: dict[str, Any] = {
+        "preset": options.preset,
+        "bits": "2/4",
+        "images": options.images,
+        "threads": options.threads,
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu")),
+        "rows": [],
+        "checks": [],
+        "caching": [],
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with empty_compiler_cache():
+        for name in options.networks:
+            measure_network(name, options, record)
+            write_text(options.out, json.dumps(record, indent=1) + "\n")
+    rows = [Row(**row) for row in record["rows"]]
+    totals = {v: sum(r.seconds for r in rows if r.variant == v) for v in ("baseline", "fused")}
+    steady = {v: sum(r.steady_seconds for r in rows if r.variant == v) for v in ("baseline", "fused")}
+    print(f"without compilation {steady['baseline'] / steady['fused']:.2f}")
+    print(f"speedup {totals['baseline'] / totals['fused']:.2f}")
+
+
+@contextmanager
+def empty_compiler_cache() -> Iterator[None]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        yield
+
+
+def measure_network(name: str, options: argparse.Namespace, record: dict[str, Any]) -> None:
+    network, images = NETWORKS[name](options.images)
+    recipe = Recipe.preset(
+        options.preset,
+        weight_bits=2,
+        activation_bits=4,
+        steps=options.steps,
+        weight_range="minmax",
+        activation_range="minmax",
+    )
+    prepared = prepare(network, images, recipe, name=name)
+    weight = regularizer_weight(prepared.graph, recipe)
+    record["checks"] += check_losses(name, network, images, recipe)
+    record["caching"].append(time_caching(name, prepared, recipe))
+    times: dict[str, dict[str, list[float]]] = {v: {} for v in options.variants}
+    peaks = dict.fromkeys(options.variants, 0.0)
+    shares: dict[str, list[tuple[float, float]]] = {v: [] for v in options.variants}
+    walk = _Walk(_job(prepared, recipe))
+    for unit in prepared.modules:
+        problem = walk._problem(unit)
+        for variant in options.variants:
+            forget_peak()
+            times[variant][unit.name] = time_steps(variant, problem, recipe, weight)
+            peaks[variant] = max(peaks[variant], peak_mib())
+            shares[variant].append(profile(variant, problem, recipe, weight))
+            restore(prepared.graph, prepared.initial)
+        walk.advance(unit.stop)
+        print(name, unit.name, {v: f"{1e3 * statistics.median(times[v][unit.name]):.1f} ms" for v in times}, flush=True)
+    for variant in options.variants:
+        by_unit = {unit: sum(spent) for unit, spent in times[variant].items()}
+        seconds = sum(by_unit.values())
+        row = Row(
+            network=name,
+            variant=variant,
+            units=len(by_unit),
+            steps=options.steps,
+            seconds=seconds,
+            steady_seconds=sum(options.steps * statistics.median(t) for t in times[variant].values()),
+            steps_per_second=options.steps * len(by_unit) / seconds,
+            peak_mib=peaks[variant],
+            floor_share=sum(a for a, _ in shares[variant]) / sum(b for _, b in shares[variant]),
+            seconds_by_unit=by_unit,
+        )
+        record["rows"].append(asdict(row))
+        print(
+            f"{name} {variant}: {row.seconds:.1f} s, {row.steps_per_second:.1f} steps/s, peak {row.peak_mib:.0f} MiB, "
+            f"convolutions and products {100 * row.floor_share:.0f} %"
+        )
+
+
+def time_steps(variant: str, problem: Problem, recipe: Recipe, weight: float) -> list[float]:
+    """Return the seconds of each step."""
+    assert recipe.reconstruction is not None
+    steps = recipe.reconstruction.steps
+    stamps = [time.perf_counter()]
+    if variant == "baseline":
+        loop = PlainLoop(problem, recipe.reconstruction, steps, weight)
+        for _ in range(steps):
+            loop.take()
+            stamps.append(time.perf_counter())
+    else:
+        optimize(
+            problem,
+            recipe.reconstruction,
+            steps=steps,
+            regularizer_weight=weight,
+            warm=False,
+            seed=recipe.seed,
+            on_step=lambda: stamps.append(time.perf_counter()),
+            fused=variant == "fused",
+        )
+    return [b - a for a, b in pairwise(stamps)]
+
+
+def profile(variant: str, problem: Problem, recipe: Recipe, weight: float) -> tuple[float, float]:
+    """Return the time of convolutions and products in a few steps, and that of all operators."""
+    few = recipe.with_settings(steps=PROFILED_STEPS)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
+        time_steps(variant, problem, few, weight)
+    events = found.key_averages()
+    floor = sum(e.self_cpu_time_total for e in events if any(word in e.key for word in FLOOR))
+    return floor, sum(e.self_cpu_time_total for e in events)
+
+
+def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) -> list[dict[str, Any]]:
+    """Check, in float64 and on few images, that the baseline's losses are Quiesce's for the same images and drops."""
+    settings = recipe.with_settings(warmup=0.0).reconstruction  # the regularizer takes part from the start
+    assert settings is not None
+    few = images[: 2 * settings.batch_size].double()
+    prepared = prepare(copy.deepcopy(network).double(), few, recipe)
+    weight = regularizer_weight(prepared.graph, recipe)
+    walk, rows = _Walk(_job(prepared, recipe)), []
+    for unit in prepared.modules:
+        problem = walk._problem(unit)
+        drop = Drop(settings.drop_prob, Draws(recipe.seed, problem.device)) if settings.drop_prob else None
+        loop = PlainLoop(problem, settings, settings.steps, weight, drop)
+        learned = Learned.attach(problem.module, settings, False, drop)
+        step, differences = Step(problem, settings, learned, drop, weight, settings.steps), []
+        for number, batch in enumerate(_batch_order(problem, CHECKED_STEPS, settings.batch_size, recipe.seed)):
+            ours = step.take(number, batch).item()  # leaves the draws at this step
+            differences.append(abs(loop.take(batch).item() - ours) / ours)
+        learned.harden()
+        restore(prepared.graph, prepared.initial)
+        walk.advance(unit.stop)
+        rows.append({"network": name, "unit": unit.name, "largest_difference": max(differences)})
+        if max(differences) > TOLERANCE:
+            raise SystemExit(f"{name}, {unit.name}: the baseline's losses differ, relatively by {differences}")
+    return rows
+
+
+def time_caching(name: str, prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
+    """Time what units are fed, made as the references do, from the network's start for each, and carried along."""
+    job = _job(prepared, recipe)
+    began = time.perf_counter()
+    walk = _Walk(job)
+    for unit in prepared.modules:
+        walk.advance(unit.stop)
+    carried = time.perf_counter() - began
+    network, batch = Network(prepared.graph), recipe.calibration_batch
+    began = time.perf_counter()
+    for unit in prepared.modules:
+        for quantized in (True, False):
+            network.run(0, unit.start, job.inputs, batch, quantized=quantized) if unit.start else None
+        network.run(0, unit.stop, job.inputs, batch, quantized=False)
+    return {"network": name, "from_the_start": time.perf_counter() - began, "carried": carried}
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    line = next(t for t in Path("/proc/self/status").read_text().splitlines() if t.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def _demo(images: int) -> tuple[nn.Module, Tensor]:
+    return load_network(), load_images()[0][:images]
+
+
+def _with_statistics(network: nn.Module, images: int) -> tuple[nn.Module, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(images, 3, 64, 64, generator=generator)
+    network.train()
+    with torch.no_grad():
+        for _ in range(20):
+            network(given[:32])
+    return network.eval(), given
+
+
+def _mobilenetv2(images: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return _with_statistics(torchvision.models.mobilenet_v2(num_classes=100), images)
+
+
+def _resnet18(images: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=100)
+    network.maxpool = nn.Identity()
+    return _with_statistics(network, images)
+
+
+NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
+    "demo": _demo,
+    "mobilenetv2": _mobilenetv2,
+    "resnet18": _resnet18,
+}
+"""Networks with their images: 28×28 for the demo, 64×64 with one early stride less than usual for the others."""
+
+
+if __name__ == "__main__":
+    main()
