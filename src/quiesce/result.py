@@ -34,7 +34,7 @@ class UnitRecord:
     reused: bool = False
     """True when the unit was taken over from the block pass instead of being optimized again."""
     returns: int = 0
-    """Times that optimization went back some steps, as the loss was no longer finite, and on at a tenth of the rates."""
+    """Times that it went back some steps, as the loss was no longer finite, and on at a tenth of the rates."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ from quiesce.graph.place import module_stack, weight_layers
 from quiesce.graph.unit import Unit, boundary, compute_nodes
 from quiesce.pipeline import Prepared, QuantizedModel, prepare, regularizer_weight, run
 from quiesce.progress import Progress
+from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import (
     ActivationFakeQuantize,
     Drop,
@@ -32,7 +33,8 @@ from quiesce.quant.fake_quantize import (
 )
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.loop import _Walk
-from quiesce.reconstruct.optimize import Problem, _Learned, _loss, optimize
+from quiesce.reconstruct.losses import squared_error
+from quiesce.reconstruct.optimize import Learned, Problem, Step, optimize
 from small_nets import call
 from tiny import job, recipe
 
@@ -201,7 +203,7 @@ def check_loss(problem: Problem, prepared: Prepared, settings: Recipe, unit: Uni
             steps=LONG_STEPS,
             regularizer_weight=regularizer_weight(prepared.graph, settings.with_settings(**rates)),
             warm=False,
-            generator=torch.Generator().manual_seed(0),
+            seed=0,
             on_step=lambda: None,
         )
         after.append(loss_of(problem))
@@ -220,7 +222,8 @@ def block_type(gm: fx.GraphModule, unit: Unit) -> str:
 
 @torch.no_grad()
 def loss_of(problem: Problem) -> float:
-    return float(_loss(problem, torch.arange(len(problem.targets[0])), None))
+    outputs = problem.module(*problem.quantized_inputs)
+    return sum(float(squared_error(o, t)) for o, t in zip(outputs, problem.targets, strict=True))
 
 
 def floor_of(problem: Problem) -> float:
@@ -233,12 +236,12 @@ def check_gradients(problem: Problem, prepared: Prepared, settings: Recipe, entr
     """Every rounding and every step size has a finite gradient that is not all zeros."""
     assert settings.reconstruction is not None
     state = snapshot(problem.module)
-    generator = torch.Generator().manual_seed(0)
-    drop = Drop(settings.reconstruction.drop_prob, generator)
-    learned = _Learned.attach(problem.module, settings.reconstruction, False, drop)
+    drop = Drop(settings.reconstruction.drop_prob, Draws(0, problem.device))
+    learned = Learned.attach(problem.module, settings.reconstruction, False, drop)
     names = {id(q): n for n, q in fake_quantizers(prepared.graph).items()}
     try:
-        _loss(problem, torch.arange(BATCH), drop).backward()
+        step = Step(problem, settings.reconstruction, learned, drop, 0.0, 1)
+        step.loss(0, torch.arange(BATCH)).backward()
         gradients = {names[id(q)]: q.rounding.V.grad for q in learned.weights if q.rounding is not None}
         gradients |= {names[id(q)]: q.scale.grad for q in learned.activations}
     finally:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quiesce.errors import ModelError
+from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import (
     ActivationFakeQuantize,
     Drop,
@@ -107,7 +108,7 @@ class TestActivation:
     def test_learning_moves_the_scale_and_leaves_nothing_behind(self) -> None:
         quantizer, x = Holder().of_input, torch.randn(50)
         before = quantizer(x)
-        quantizer.start_learning(None, learn_scale=True)
+        quantizer.start_learning(learn_scale=True)
         learned = quantizer(x)
         torch.testing.assert_close(learned.detach(), before)
         learned.square().sum().backward()
@@ -118,34 +119,44 @@ class TestActivation:
 
     def test_while_learning_elements_are_dropped(self) -> None:
         quantizer, x = Holder().of_input, torch.randn(4000)
-        quantizer.start_learning(Drop(0.25, torch.Generator().manual_seed(3)), learn_scale=False)
+        quantizer.start_learning(False, drop_of(0.25, 4000))
         kept_float = (quantizer(x) == x).float().mean().item()
         assert kept_float == pytest.approx(0.25, abs=0.03)
         quantizer.stop_learning()
         assert (quantizer(x) == x).float().mean().item() < 0.01
 
 
+def drop_of(prob: float, images: int, seed: int = 1, step: int = 0) -> Drop:
+    draws = Draws(seed, torch.device("cpu"))
+    draws.begin(torch.tensor(step), torch.arange(images))
+    return Drop(prob, draws)
+
+
 class TestDrop:
     @pytest.mark.parametrize("prob", [0.0, 0.1, 0.5, 0.9])
     def test_takes_the_unquantized_value_with_the_given_probability(self, prob: float) -> None:
-        drop = Drop(prob, torch.Generator().manual_seed(1))
-        mixed = drop.mix(torch.zeros(64, 501), torch.ones(64, 501))
+        mixed = drop_of(prob, 64).mix(0, torch.zeros(64, 501), torch.ones(64, 501))
         assert set(mixed.unique().tolist()) <= {0.0, 1.0}
         spread = 4 * math.sqrt(prob * (1 - prob) / mixed.numel())
         assert mixed.mean().item() == pytest.approx(prob, abs=spread + 1 / 512)
 
     def test_a_probability_close_to_one_drops_nearly_everything(self) -> None:
-        mixed = Drop(0.999, torch.Generator().manual_seed(1)).mix(torch.zeros(5000), torch.ones(5000))
+        mixed = drop_of(0.999, 50).mix(0, torch.zeros(50, 100), torch.ones(50, 100))
         assert mixed.mean().item() > 0.98
 
-    def test_elements_and_calls_are_independent_and_repeatable(self) -> None:
+    def test_elements_tensors_and_steps_are_independent_and_repeatable(self) -> None:
         zeros, ones = torch.zeros(200, 100), torch.ones(200, 100)
-        drop = Drop(0.5, torch.Generator().manual_seed(1))
-        first, second = drop.mix(zeros, ones), drop.mix(zeros, ones)
-        for shifted in (second, first.roll(1, 0), first.roll(1, 1), first.roll(4, 1), first.roll(8, 1)):
-            assert (first * shifted).mean().item() == pytest.approx(0.25, abs=0.02)
-        again = Drop(0.5, torch.Generator().manual_seed(1))
-        assert torch.equal(again.mix(zeros, ones), first) and torch.equal(again.mix(zeros, ones), second)
+        first = drop_of(0.5, 200).mix(0, zeros, ones)
+        others = [
+            drop_of(0.5, 200).mix(1, zeros, ones),
+            drop_of(0.5, 200).mix(-1, zeros, ones),
+            drop_of(0.5, 200, step=1).mix(0, zeros, ones),
+            drop_of(0.5, 200, seed=2).mix(0, zeros, ones),
+            *(first.roll(shift, axis) for shift, axis in ((1, 0), (1, 1), (4, 1), (8, 1))),
+        ]
+        for other in others:
+            assert (first * other).mean().item() == pytest.approx(0.25, abs=0.02)
+        assert torch.equal(drop_of(0.5, 200).mix(0, zeros, ones), first)
 
     @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "sliced", "scalar"])
     def test_every_layout_keeps_values_at_their_places(self, layout: str) -> None:
@@ -153,18 +164,18 @@ class TestDrop:
         x = {
             "contiguous": x,
             "channels last": x.contiguous(memory_format=torch.channels_last),
-            "transposed": x.transpose(1, 3),
+            "transposed": x.transpose(0, 3),
             "sliced": x[:, :, ::2],
             "scalar": torch.tensor(1.5),
         }[layout]
-        mixed = Drop(0.5, torch.Generator().manual_seed(1)).mix(x, -x)
+        mixed = drop_of(0.5, 2).mix(0, x, -x)
         assert mixed.shape == x.shape and torch.equal(mixed.abs(), x.abs())
         taken = (mixed == -x).float().mean().item()
         assert layout == "scalar" or 0.3 < taken < 0.7
 
     def test_gradients_go_to_the_value_taken(self) -> None:
         quantized, unquantized = torch.zeros(300, requires_grad=True), torch.ones(300, requires_grad=True)
-        mixed = Drop(0.3, torch.Generator().manual_seed(1)).mix(quantized, unquantized)
+        mixed = drop_of(0.3, 300).mix(0, quantized, unquantized)
         mixed.sum().backward()
         assert torch.equal(unquantized.grad, mixed.detach()) and torch.equal(quantized.grad, 1 - mixed.detach())
 
@@ -188,7 +199,7 @@ class TestStates:
 
     def test_a_learned_scale_can_be_taken_and_restored(self) -> None:
         holder = Holder()
-        holder.of_input.start_learning(None, learn_scale=True)
+        holder.of_input.start_learning(learn_scale=True)
         state = snapshot(holder)
         with torch.no_grad():
             holder.of_input.scale.fill_(2.0)

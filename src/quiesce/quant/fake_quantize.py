@@ -138,6 +138,10 @@ class ActivationFakeQuantize(nn.Module):
         return GRIDS[self.spec.grid].fake_quantize(x, self.scale, self.zero_point, self.spec)
 
     @property
+    def learning(self) -> bool:
+        return self._learning is not None
+
+    @property
     def has_kernel(self) -> bool:
         """True when all that is done while learning can be one compiled kernel."""
         return self.spec.grid == "uniform"

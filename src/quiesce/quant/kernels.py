@@ -91,7 +91,7 @@ def mixed(quantized: Tensor, unquantized: Tensor, random: Tensor, share: Tensor,
     Not differentiable when ``fused``, which takes two tensors that lie alike in memory without gaps.
     """
     if fused and is_dense(quantized) and quantized.stride() == unquantized.stride():
-        flat = _compiled(_mixed)(in_memory_order(quantized), in_memory_order(unquantized), random, share)
+        flat: Tensor = _compiled(_mixed)(in_memory_order(quantized), in_memory_order(unquantized), random, share)
         return flat.as_strided(quantized.shape, quantized.stride())
     dropped = (random < share).to(quantized.dtype)
     strides = torch.empty_like(quantized, device="meta").stride()

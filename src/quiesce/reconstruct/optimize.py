@@ -120,7 +120,8 @@ class Learned:
         fused: bool = False,
         clips: Mapping[str, Clip] = MappingProxyType({}),
     ) -> Learned:
-        weights, activations = [], []
+        weights: list[WeightFakeQuantize] = []
+        activations: list[ActivationFakeQuantize] = []
         for node in module.graph.nodes:
             quantizer = getattr(module, str(node.target)) if node.op == "call_module" else None
             if isinstance(quantizer, WeightFakeQuantize):
@@ -166,10 +167,10 @@ class Step:
         self.slowness = 1.0
         """Factor on the learning rates."""
         self.warmup = int(recipe.warmup * steps) if regularizer_weight > 0 else steps
-        numbers = {"dtype": problem.targets[0].dtype, "device": problem.device}
+        like = problem.targets[0]
         self.numbers = torch.arange(steps, device=problem.device)
-        self.betas = torch.tensor([_beta(t, steps, recipe) for t in range(steps)], **numbers)
-        self.regularizer_weight = torch.tensor(regularizer_weight, **numbers)
+        self.betas = like.new_tensor([_beta(t, steps, recipe) for t in range(steps)])
+        self.regularizer_weight = like.new_tensor(regularizer_weight)
 
     def take(self, step: int, images: Tensor) -> Tensor:
         """Take step number ``step`` on ``images`` (their numbers), and return the reconstruction loss before it."""

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, Drop
 from quiesce.quant.functional import fake_quantize
 from quiesce.quant.grids import GRIDS
@@ -185,9 +186,11 @@ def test_learning_a_step_size_under_drop_lowers_the_error(name: str) -> None:
     scale, zero_point = GRIDS[name].span(x.amin(), x.amax(), quantizer.spec)
     quantizer.set_parameters(0.4 * scale, zero_point)
     before = float((quantizer(x) - x).square().mean())
-    quantizer.start_learning(Drop(0.5, torch.Generator().manual_seed(1)), learn_scale=True)
+    draws = Draws(1, torch.device("cpu"))
+    quantizer.start_learning(True, Drop(0.5, draws))
     optimizer = torch.optim.Adam([quantizer.scale], lr=float(scale) * 0.02)
-    for _ in range(100):
+    for step in range(100):
+        draws.begin(torch.tensor(step), torch.arange(len(x)))
         loss = (quantizer(x) - x).square().mean()
         optimizer.zero_grad()
         loss.backward()
