@@ -40,7 +40,7 @@ def run_sweep(
     *,
     save_networks: bool = False,
     progress: ProgressCallback | None = None,
-    tell: Tell | None = None,
+    tell: Tell = lambda _: None,
 ) -> list[Row]:
     """Run the cells of ``sweep`` that ``folder`` does not have yet, and return the rows of all, in the sweep's order.
 
@@ -78,8 +78,7 @@ def run_sweep(
         for digest, outcome, tries in _outcomes(tasks, sweep.cluster, progress, tell) if tasks else ():
             rows[digest] = _keep(cells[digest], digest, outcome, tries, folder)
             write_table(_ordered(rows, cells), folder)
-            if tell is not None:
-                tell(_news(rows[digest]))
+            tell(_news(rows[digest]))
         return _ordered(rows, cells)
 
 
@@ -192,7 +191,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _outcomes(
-    tasks: Mapping[str, Task], cluster: Cluster, progress: ProgressCallback | None, tell: Tell | None
+    tasks: Mapping[str, Task], cluster: Cluster, progress: ProgressCallback | None, tell: Tell
 ) -> Iterator[tuple[str, Outcome, int]]:
     """Yield digest, outcome and number of tries of each task as it ends."""
     with _connected(cluster) as ray:
@@ -205,27 +204,40 @@ def _outcomes(
         running = {work.remote(task, digest, board): digest for digest, task in tasks.items()}
         while running:
             if progress is not None:
-                done = len(tasks) - len(running)
-                parts = _PARTS * done + sum(
-                    int(_PARTS * s) for d, s in _shares(ray, board).items() if d in running.values()
-                )
-                progress(f"{done} of {len(tasks)} cells", parts, _PARTS * len(tasks))
+                progress(*_standing(len(tasks), {*running.values()}, _shares(ray, board)))
             for reference in ray.wait(list(running), timeout=_POLL_SECONDS)[0]:
                 digest = running.pop(reference)
-                try:
-                    outcome = ray.get(reference)
-                except ray.exceptions.RayError as error:  # the worker, its machine, or the object was lost
-                    reason = f"its worker was lost ({str(error).partition(chr(10))[0]})"
-                    if tries[digest] < cluster.tries:
-                        tries[digest] += 1
-                        board.write.remote(digest, 0.0)
-                        again = replace(tasks[digest], tries=tries[digest])
-                        running[work.remote(again, digest, board)] = digest
-                        if tell is not None:
-                            tell(f"{again.cell.name}: {reason}; it is begun again, {tries[digest]} of {cluster.tries}.")
-                        continue
-                    outcome = Outcome(error=f"given up after {tries[digest]} tries: each time {reason}")
-                yield digest, outcome, tries[digest]
+                outcome = _fetch(ray, reference)
+                if isinstance(outcome, Outcome):
+                    yield digest, outcome, tries[digest]
+                elif tries[digest] == cluster.tries:
+                    yield digest, Outcome(error=f"given up after {tries[digest]} tries: {outcome}"), tries[digest]
+                else:
+                    tries[digest] += 1
+                    task = replace(tasks[digest], tries=tries[digest])
+                    board.write.remote(digest, 0.0)
+                    running[work.remote(task, digest, board)] = digest
+                    tell(f"{task.cell.name}: {outcome}; it is begun again, try {task.tries} of {cluster.tries}")
+        if progress is not None:
+            progress(*_standing(len(tasks), set(), {}))
+
+
+def _fetch(ray: Any, reference: Any) -> Outcome | str:
+    """Return what came of a task, or in words how its worker, its machine or what it has returned was lost."""
+    try:
+        outcome: Outcome = ray.get(reference)
+        return outcome
+    except ray.exceptions.RayTaskError as error:  # nothing is lost: the worker can't even begin
+        return Outcome(error=str(error))
+    except ray.exceptions.RayError as error:
+        return f"its worker was lost ({str(error).partition('. ')[0].strip()})"
+
+
+def _standing(tasks: int, running: set[str], shares: Mapping[str, float]) -> tuple[str, int, int]:
+    """Return what progress is told: a stage, and thousandths of cells that are done, and of all."""
+    done = tasks - len(running)
+    parts = sum(int(_PARTS * share) for digest, share in shares.items() if digest in running)
+    return f"{done} of {tasks} cells", _PARTS * done + parts, _PARTS * tasks
 
 
 def _work(task: Task, digest: str, board: Any) -> Outcome:
@@ -317,7 +329,7 @@ def _environment(cluster: Cluster) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _check_resources(ray: Any, cluster: Cluster, tell: Tell | None) -> None:
+def _check_resources(ray: Any, cluster: Cluster, tell: Tell) -> None:
     """Check that a machine has what a cell needs: on a machine of its own Ray would wait for ever."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(m.get("CPU", 0) >= cluster.cpus and m.get("GPU", 0) >= cluster.gpus for m in machines):
@@ -326,5 +338,4 @@ def _check_resources(ray: Any, cluster: Cluster, tell: Tell | None) -> None:
     if cluster.address is None:
         cores, gpus = machines[0].get("CPU", 0), machines[0].get("GPU", 0)
         raise ClusterError(f"{lacking}: this one has {cores:g} cores and {gpus:g} GPUs; lower cpus or gpus of [ray].")
-    if tell is not None:
-        tell(f"{lacking}; waiting for one to join the cluster.")
+    tell(f"{lacking}; waiting for one to join the cluster.")

@@ -128,7 +128,7 @@ class Summary:
     seeds: tuple[int, ...]
     """Of the cells that are done."""
     failed: int
-    float_top1: Spread | None
+    float_top1: float | None
     metrics: dict[str, Spread | None]
     """By the names of :data:`METRICS`; None where a cell did not measure it."""
 
@@ -151,7 +151,7 @@ def _summary(rows: Sequence[Row]) -> Summary:
         method=rows[0].method,
         seeds=tuple(row.seed for row in done),
         failed=len(rows) - len(done),
-        float_top1=_spread([row.float_top1 for row in done]),
+        float_top1=next((row.float_top1 for row in done), None),
         metrics={name: _spread([getattr(row, name) for row in done]) for name in METRICS},
     )
 
