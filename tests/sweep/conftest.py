@@ -36,3 +36,8 @@ def read(place: Path) -> Callable[..., Sweep]:
         return read_sweep(place / "sweep.toml")
 
     return read
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)

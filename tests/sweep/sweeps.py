@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
+from quiesce.outputs import output_folder
 from quiesce.sweep.cell import Outcome, Task, attempt, deciding_versions
 from quiesce.sweep.plan import Sweep
 
@@ -68,6 +72,9 @@ weight_range = "minmax"
 activation_range = "minmax"
 """
 
+ONE_CELL = (('["2/4", "4/float"]', '"2/4"'), ('["brecq-fast", "qdrop-fast"]', '"qdrop-fast"'), ("[0, 1]", "0"))
+"""Changes that leave one cell; all but the first leave two."""
+
 
 def task(sweep: Sweep, number: int = 0, **settings: object) -> Task:
     given = {"threads": 1, "device": "cpu", "save_network": False, "versions": deciding_versions()} | settings
@@ -75,5 +82,15 @@ def task(sweep: Sweep, number: int = 0, **settings: object) -> Task:
 
 
 def run_here(sweep: Sweep, number: int = 0, **settings: object) -> Outcome:
-    """Run a cell in this process."""
-    return attempt(task(sweep, number, **settings))
+    """Run a cell in this process, which keeps its working folder."""
+    with contextlib.chdir("."):
+        return attempt(task(sweep, number, **settings))
+
+
+def keep(sweep: Sweep, folder: Path, *numbers: int, **settings: object) -> None:
+    """Run cells in this process and put their files where a sweep keeps them."""
+    for number in numbers:
+        cell = sweep.cells[number]
+        with output_folder(folder / "cells" / f"{cell.readable}-{cell.digest(deciding_versions())}", force=True) as new:
+            for name, content in run_here(sweep, number, **settings).files.items():
+                (new / name).write_bytes(content)

@@ -13,40 +13,23 @@ from pathlib import Path
 import pytest
 
 from quiesce.errors import ClusterError, ModelError, OutputError
-from quiesce.outputs import output_folder
 from quiesce.result import Result
-from quiesce.sweep.cell import deciding_versions
 from quiesce.sweep.plan import Cluster, Sweep
 from quiesce.sweep.run import _connected, changed_inputs, finished, others, run_sweep
-from sweeps import run_here
+from sweeps import ONE_CELL, keep
 from tiny import without_times
 
 Read = Callable[..., Sweep]
-ONE_CELL = (('["2/4", "4/float"]', '"2/4"'), ('["brecq-fast", "qdrop-fast"]', '"qdrop-fast"'), ("[0, 1]", "0"))
 
 
 def network(name: str, evaluate: str) -> str:
     return f'\n[[network]]\nname = "{name}"\nmodel = "sweep_source:net"\nevaluate = "sweep_source:{evaluate}"\n'
 
 
-def keep(sweep: Sweep, folder: Path, *numbers: int, **settings: object) -> None:
-    """Run cells in this process and put their files where a sweep keeps them."""
-    for number in numbers:
-        cell = sweep.cells[number]
-        with output_folder(folder / "cells" / f"{cell.readable}-{cell.digest(deciding_versions())}", force=True) as new:
-            for name, content in run_here(sweep, number, **settings).files.items():
-                (new / name).write_bytes(content)
-
-
 @pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
     with _connected(Cluster()):
         yield
-
-
-@pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
 
 
 class TestOnRay:
