@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,3 +198,40 @@ class TestFolder:
         (half / "result.json").write_text("{")
         run_sweep(sweep, place / "out")
         assert not half.exists()
+
+
+@pytest.mark.long
+def test_a_machine_of_a_cluster_is_lost(read: Read, place: Path) -> None:
+    """The cell that ran there is begun again on another one, and its network comes back without a common folder."""
+    sweep = read(*ONE_CELL, ('evaluate = "sweep_source:images"', 'evaluate = "sweep_source:waits_to_be_killed_once"'))
+    code = """
+import subprocess, sys, time, pathlib
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+lost = cluster.add_node(num_cpus=1)
+command = [sys.executable, "-c", "from quiesce.cli import main; main()", "sweep", "sweep.toml", "--out", "out"]
+process = subprocess.Popen([*command, "--save-networks", "--address", cluster.address])
+while not pathlib.Path("pid").exists():
+    time.sleep(0.1)
+cluster.remove_node(lost, allow_graceful=False)
+cluster.add_node(num_cpus=1)
+code = process.wait()
+cluster.shutdown()
+sys.exit(code)
+"""
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = finished(sweep, place / "out", save_networks=True).values()
+    assert (row.status, row.tries) == ("done", 2)
+    assert re.search(r"its worker was lost \(.*\); it is begun again, try 2 of 3", done.stderr)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:70000"])
+def test_a_cluster_that_is_not_there(read: Read, place: Path, address: str) -> None:
+    sweep = read(("[grid]", f"[ray]\naddress = '{address}'\n[grid]"))
+    with pytest.raises(ClusterError, match=rf"Ray can't be reached at {address} \(.*\)\."):
+        run_sweep(sweep, place / "out")
+    assert not (place / "out").exists()

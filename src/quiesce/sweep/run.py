@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +28,7 @@ CELLS, LOCK_FILE = "cells", ".lock"
 Tell = Callable[[str], None]
 _PARTS = 1000
 """Into which progress divides a cell."""
-_POLL_SECONDS = 1.0
+_POLL_SECONDS, _REACH_SECONDS = 1.0, 10.0
 _LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # By this, Ray keeps to the loopback address; else its ports are open to all who reach the machine.
@@ -65,6 +67,8 @@ def run_sweep(
     if len(finished(sweep, folder, save_networks)) < len(cells):
         if sweep.cluster.address is None:
             check_files(sweep)
+        else:
+            _check_reachable(sweep.cluster.address)
         _import_ray(sweep.cluster)
     with _locked(folder):
         rows = finished(sweep, folder, save_networks)
@@ -296,12 +300,26 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
             else:
                 ray.init(address=cluster.address, **quiet)
         except Exception as error:  # ConnectionError, RuntimeError, ValueError, gRPC's own
-            where = "be started on this machine" if cluster.address is None else f"be reached at {cluster.address}"
-            raise ClusterError(f"Ray can't {where} ({str(error).strip().partition(chr(10))[0]}).") from error
+            raise _unreachable(cluster.address, error) from error
         try:
             yield ray
         finally:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Check that something answers at HOST:PORT: Ray itself would try for ever."""
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if found:
+        try:
+            socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_REACH_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str | None, error: Exception) -> ClusterError:
+    where = "be started on this machine" if address is None else f"be reached at {address}"
+    return ClusterError(f"Ray can't {where} ({str(error).strip().partition(chr(10))[0]}).")
 
 
 def _import_ray(cluster: Cluster) -> Any:
