@@ -13,7 +13,7 @@ from quiesce.quant.rounding import ROUNDINGS
 from quiesce.recipe import BACKENDS as BACKEND_NAMES
 from quiesce.recipe import ROUNDING_NAMES
 
-HEAVY = {"timm", "torchvision", "matplotlib", "jinja2", "onnx", "rich", "typer", "PIL", "scipy"}
+HEAVY = {"timm", "torchvision", "matplotlib", "jinja2", "onnx", "rich", "typer", "PIL", "scipy", "ray"}
 
 
 def test_import_is_light() -> None:
@@ -39,7 +39,7 @@ FLOORS = (
     {"precision"},
     {"export", "report"},
     {"pipeline", ""},
-    {"detection", "weights", "models", "demo", "cli"},
+    {"detection", "weights", "models", "sweep", "demo", "cli"},
 )
 PACKAGE = Path(quiesce.__file__).parent
 

@@ -103,10 +103,10 @@ class TestHelp:
     def test_all_commands_are_listed(self) -> None:
         result = CliRunner().invoke(app, ["--help"])
         assert result.exit_code == 0
-        for name in ("demo", "quantize", "evaluate", "analyze", "report"):
+        for name in ("demo", "quantize", "sweep", "evaluate", "analyze", "report"):
             assert re.search(rf"{name} +\S", result.output)
 
-    @pytest.mark.parametrize("name", ["demo", "quantize", "evaluate", "analyze", "report"])
+    @pytest.mark.parametrize("name", ["demo", "quantize", "sweep", "evaluate", "analyze", "report"])
     def test_every_option_is_explained(self, name: str) -> None:
         result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
         assert result.exit_code == 0

@@ -29,6 +29,8 @@ from quiesce.recipe import (
     WeightRecipe,
 )
 from quiesce.result import ExportRecord, Run, UnitRecord
+from quiesce.sweep.plan import DATA_KEYS, Cluster, Network, read_sweep
+from quiesce.sweep.table import Row
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -172,6 +174,32 @@ def test_result_page_holds_every_entry(title: str, kind: type) -> None:
     assert sorted(documented) == sorted(f.name for f in dataclasses.fields(kind))
 
 
+@pytest.mark.parametrize(("title", "kind"), [("`[[network]]`", Network), ("`[ray]`", Cluster)])
+def test_sweep_tables_hold_every_key_and_its_default(title: str, kind: type) -> None:
+    table = {names(key)[0]: default for key, default, _ in rows(section(read("docs/sweep.md"), title))}
+    fields = {f.name: f.default for f in dataclasses.fields(kind)}
+    assert sorted(table) == sorted(fields)
+    for name, default in fields.items():
+        assert (table[name] == "required") if default is dataclasses.MISSING else value(table[name]) == default, name
+
+
+def test_sweep_page_names_every_column_and_what_data_may_hold() -> None:
+    page = section(read("docs/sweep.md"), "What is written")
+    columns = {name for cells in rows(page.split("| Column |")[1]) for name in names(cells[0])}
+    assert columns == {f.name for f in dataclasses.fields(Row)} - {"axes"}
+    first = [names(cells[0])[0] for cells in rows(section(read("docs/sweep.md"), "`[[network]]`"))][: len(DATA_KEYS)]
+    assert tuple(first) == DATA_KEYS
+
+
+def test_sweep_files_of_the_page_and_the_example_are_sweeps(tmp_path: Path) -> None:
+    blocks = code(read("docs/sweep.md"), "toml")
+    counts = []
+    for block in [*blocks, read("examples/sweep.toml")]:
+        (tmp_path / "sweep.toml").write_text(block)
+        counts.append(len(read_sweep(tmp_path / "sweep.toml").cells))
+    assert counts == [3 * 2 * 2 * 3 * 2, 2 + 2 * 2 * 3, 3 * (3 + 3 * 2 * 2 * 3)]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_on_the_command_line_page_and_no_other(command: str) -> None:
     documented: set[str] = set()
@@ -181,7 +209,7 @@ def test_every_option_is_on_the_command_line_page_and_no_other(command: str) -> 
     assert documented == options - {"--help"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/cli.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/cli.md", "docs/sweep.md"])
 def test_commands_of_examples_exist(page: str) -> None:
     lines = [line for block in code(read(page), "sh") for line in block.replace("\\\n", " ").splitlines()]
     commands = [line.split() for line in lines if line.startswith("quiesce ")]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import os
 import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from quiesce.precision.sensitivity import Sensitivity
     from quiesce.preprocess import Preprocessing
     from quiesce.result import Result, Run
+    from quiesce.sweep.plan import Sweep
+    from quiesce.sweep.table import Row, Summary
 
 NONE = "–"
 _MODEL = "timm:NAME, torchvision:NAME, module.path:callable (runs your code), or FILE.pt2 (with --trust)."
@@ -146,6 +149,16 @@ RunBatch = Annotated[int | None, _option("Images a run: executorch.", "N", "--ba
 Check = Annotated[str | None, _option(f"Compare with the simulation on images: onnx. {_DATA}.", "DATA")]
 CheckImages = Annotated[int, _option("Most images to compare on.", "N", min=1)]
 ForceFile = Annotated[bool, _option("Replace the file if it is there.", None, "--force")]
+
+SweepFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="Networks, data and grids of settings (docs/sweep.md).")
+]
+SweepOut = Annotated[Path, _option("Folder for the results; finished cells in it are kept.", "DIR", "--out")]
+Address = Annotated[
+    str | None, _option("Of a Ray cluster, such as HOST:6379.", "ADDRESS", show_default="the file's, else this machine")
+]
+SaveNetworks = Annotated[bool, _option("Keep the quantized networks, too.", None, "--save-networks")]
+DryRun = Annotated[bool, _option("Show the cells and which are finished; run none.", None, "--dry-run")]
 
 Weights = Annotated[
     str | None,
@@ -294,6 +307,61 @@ def quantize(
         quantized.save(folder)
         write_report(quantized.result, folder / "report.html")
     _show_results(quantized.result, out)
+
+
+@app.command()
+def sweep(
+    file: SweepFile,
+    out: SweepOut,
+    address: Address = None,
+    save_networks: SaveNetworks = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Quantize networks by all combinations of settings, on many processes or machines, and compare them in one table.
+
+    The same command again runs what is missing.
+    """
+    from quiesce.sweep.plan import read_sweep
+
+    plan = read_sweep(file)
+    if address is not None:
+        plan = replace(plan, cluster=replace(plan.cluster, address=address))
+
+    from quiesce.sweep.cell import deciding_versions
+    from quiesce.sweep.report import write_sweep_report
+    from quiesce.sweep.run import changed_inputs, check_folder, finished, others, run_sweep
+    from quiesce.sweep.table import summarize
+
+    check_folder(out)
+    kept = finished(plan, out, save_networks)
+    bar = _progress() if len(kept) < len(plan.cells) else nullcontext()
+    _print(_counted(plan, len(kept)))
+    if dry_run:
+        _print(_cells_table(plan, {row.name for row in kept.values()}))
+        return
+    try:
+        # Ray prints there when a worker is lost, of which one is told in one line.
+        with bar as progress, redirect_stdout(io.StringIO()):
+            rows = run_sweep(
+                plan, out, save_networks=save_networks, progress=progress, tell=lambda text: typer.echo(text, err=True)
+            )
+    except KeyboardInterrupt:
+        done = f"{len(finished(plan, out, save_networks))} of {len(plan.cells)} cells are finished and kept in {out}"
+        typer.echo(f"interrupted: {done}; the same command runs the others.", err=True)
+        raise
+    summaries = summarize(plan.cells, rows)
+    report = write_sweep_report(summaries, rows, deciding_versions(), out)
+    _print(_sweep_table(summaries))
+    left = others(plan, out)
+    if left:
+        _print(f"{left} finished cells in {out} are of other settings or versions, and in no table.")
+    for path in (out / "results.csv", out / "results.jsonl", report):
+        _print(str(path))
+    wrong = changed_inputs(plan, rows, out) + _failures(rows)
+    for text in wrong:
+        typer.echo(f"error: {text}", err=True)
+    if wrong:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -649,6 +717,51 @@ def _result_row(run: Run) -> list[str]:
         str(len(run.units)) if run.units else NONE,
         _fixed(run.seconds, 1),
     ]
+
+
+def _counted(plan: Sweep, kept: int) -> str:
+    """Say how many cells a sweep has, of what, and where they are to run."""
+    cells, cluster = plan.cells, plan.cluster
+    numbers = {
+        "network": len({cell.network for cell in cells}),
+        "bit-width": len({cell.bits for cell in cells}),
+        "method": len({cell.method for cell in cells}),
+        "seed": len({cell.recipe.seed for cell in cells}),
+    }
+    of = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in numbers.items())
+    where = "on this machine" if cluster.address is None else f"at {cluster.address}"
+    each = f"{cluster.cpus} core{'s' if cluster.cpus > 1 else ''}" + (f", {cluster.gpus:g} GPU" if cluster.gpus else "")
+    return f"{len(cells)} cells ({of}): {kept} finished, {len(cells) - kept} to run {where}, {each} each"
+
+
+def _cells_table(plan: Sweep, kept: set[str]) -> Table:
+    table = Table("network", "bits", "method", "seed", "")
+    for cell in plan.cells:
+        state = "finished" if cell.name in kept else "to run"
+        table.add_row(cell.network.label, cell.bits, cell.method, str(cell.recipe.seed), state)
+    return table
+
+
+def _sweep_table(summaries: list[Summary]) -> Table:
+    from quiesce.sweep.report import spread
+
+    table = Table("network", "bits W/A", "method", title="Means ± sample standard deviations over seeds")
+    for name in ("seeds", "top-1 %", "agree %", "SQNR dB", "peak loss", "oscillation", "seconds", "failed"):
+        table.add_column(name, justify="right")
+    decimals = {"top1": 2, "agreement": 2, "sqnr_db": 2, "peak_loss": 1, "oscillation": 0, "seconds": 1}
+    for number, row in enumerate(summaries):
+        if row.float_top1 is not None and row.network not in {s.network for s in summaries[:number]}:
+            table.add_row(row.network, "W32A32", "float", NONE, _fixed(row.float_top1, 2), *[NONE] * 6)
+        values = [spread(row.metrics[name], places) for name, places in decimals.items()]
+        failed = str(row.failed) if row.failed else NONE
+        table.add_row(row.network, row.bits, row.method, str(len(row.seeds)), *values, failed)
+    return table
+
+
+def _failures(rows: list[Row]) -> list[str]:
+    """Return a sentence for each error, with the number of cells that it has stopped."""
+    errors = [row.error.strip().splitlines()[-1] for row in rows if row.error is not None]
+    return [f"{errors.count(error)} of {len(rows)} cells failed: {error}" for error in dict.fromkeys(errors)]
 
 
 def _analysis_table(analysis: Analysis, name: str) -> Table:

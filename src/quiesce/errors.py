@@ -33,6 +33,10 @@ class OutputError(QuiesceError):
     """Results can't be written where asked."""
 
 
+class ClusterError(QuiesceError):
+    """Ray can't be started or reached, or no machine has what a cell of a sweep needs."""
+
+
 MOST_NAMES = 12
 """Names that a message lists when none is close to what was given."""
 

@@ -14,11 +14,11 @@ from quiesce.errors import OutputError
 EXPORT_NAME = "quantized"
 """Name without suffix that an exported file has unless it is given another."""
 RESULT_FILES = frozenset(
-    {"quantized.json", "quantized.safetensors", "recipe.toml", "report.html", "result.json"}
+    {"cell.json", "quantized.json", "quantized.safetensors", "recipe.toml", "report.html", "result.json"}
     | {f"{EXPORT_NAME}{suffix}" for suffix in (".onnx", ".xml", ".bin", ".pt2", ".pte")}
 )
 """Names of all files that a run writes. ``force`` replaces a folder only if it holds nothing else."""
-MARKERS = ("result.json", "quantized.json")
+MARKERS = ("result.json", "quantized.json", "cell.json")
 
 
 def check_free(path: Path, force: bool) -> None:

@@ -51,8 +51,12 @@ def check_bits(setting: str, value: Any) -> None:
     _check(whole and 2 <= value <= 8, f"{setting} is {value!r}; give a whole number from 2 to 8.")
 
 
-def _check_kinds(part: Any, where: str) -> None:
-    """Check that each field of ``part`` holds what its annotation says: no text for a number, no 1 for true."""
+def check_kinds(part: Any, where: str) -> None:
+    """Check that each field of ``part`` holds what its annotation says: no text for a number, no 1 for true.
+
+    Raises:
+        RecipeError: one does not; ``where`` goes in front of its name.
+    """
     for name, kind in get_type_hints(type(part)).items():
         value = getattr(part, name)
         _check(_fits(value, kind), f"{where}{name} is {value!r}; give {_words(kind)}.")
@@ -75,7 +79,9 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def _words(kind: Any) -> str:
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0]
-        return "a list of lists of names" if get_origin(inner) is tuple else "a list of tables"
+        if get_origin(inner) is tuple:
+            return "a list of lists of names"
+        return f"a list of {_KINDS.get(inner, 'a table').split(' ', 1)[1]}s"
     if get_args(kind):
         return " or ".join(_words(k) for k in get_args(kind) if k is not type(None))
     return _KINDS.get(kind, "a table of settings")
@@ -100,7 +106,7 @@ class WeightRecipe:
         check_bits("weights.bits", self.bits)
         check_bits("weights.first_last_bits", self.first_last_bits)
         _one_of("weights.range", self.range, RANGES)
-        _check_kinds(self, "weights.")
+        check_kinds(self, "weights.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +141,7 @@ class ActivationRecipe:
         _one_of("activations.softmax", self.softmax, SOFTMAX_GRIDS)
         _one_of("activations.gelu", self.gelu, GELU_GRIDS)
         _one_of("activations.layer_norm", self.layer_norm, LAYER_NORMS)
-        _check_kinds(self, "activations.")
+        check_kinds(self, "activations.")
         _check(50 < self.percentile <= 100, f"activations.percentile is {self.percentile}; give a value in (50, 100].")
 
 
@@ -156,7 +162,7 @@ class LayerOverride:
         given = [name for name in ("weight_bits", "activation_bits") if getattr(self, name) is not None]
         for name in given:
             check_bits(f"layers[{self.pattern!r}].{name}", getattr(self, name))
-        _check_kinds(self, "layers.")
+        check_kinds(self, "layers.")
         _check(
             not (self.leave_float and given),
             f"layers[{self.pattern!r}] has leave_float and {' and '.join(given)}; a layer left float has no bits.",
@@ -192,7 +198,7 @@ class GranularityRecipe:
 
     def __post_init__(self) -> None:
         _one_of("granularity", self.method, GRANULARITIES)
-        _check_kinds(self, "granularity.")
+        check_kinds(self, "granularity.")
         _check(self.k is None or self.k >= 0, f"granularity.k is {self.k}; give 0 or more, or leave it out.")
         _check(self.lam is None or self.lam >= 0, f"granularity.lam is {self.lam}; give 0 or more, or leave it out.")
         _check(self.alpha > 0, f"granularity.alpha is {self.alpha}; give a number above 0.")
@@ -230,7 +236,7 @@ class ReconstructionRecipe:
     def __post_init__(self) -> None:
         where = "reconstruction."
         _one_of("reconstruction.rounding", self.rounding, ROUNDING_NAMES)
-        _check_kinds(self, where)
+        check_kinds(self, where)
         _check(self.steps >= 1, f"{where}steps is {self.steps}; give 1 or more.")
         _check(self.batch_size >= 1, f"{where}batch_size is {self.batch_size}; give 1 or more.")
         for name in ("rounding_lr", "step_size_lr", "beta_end"):
@@ -259,7 +265,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
-        _check_kinds(self, "")
+        check_kinds(self, "")
         _check(self.calibration_batch >= 1, f"calibration_batch is {self.calibration_batch}; give 1 or more.")
         _check(0 <= self.seed < 2**63, f"seed is {self.seed!r}; give a whole number from 0 to 2^63 − 1.")
         paired = (self.granularity is None) == (self.reconstruction is None)
@@ -310,7 +316,7 @@ class Recipe:
         changes: dict[str, dict[str, Any]] = {}
         left_float = _left_float(settings.pop("leave_float", ()))
         for key, value in settings.items():
-            section, name = _locate(key)
+            section, name = locate(key)
             changes.setdefault(section, {})[name] = _value(section, name, value)
         top = changes.pop("", {})
         if left_float:
@@ -332,7 +338,7 @@ class Recipe:
         """Build a recipe from nested plain data; keys left out take their defaults, unknown keys are errors."""
         if isinstance(data, Mapping):
             data = _overlay(_demanded(data.get("backend")), data)
-        recipe: Recipe = _build(cls, data, "recipe")
+        recipe: Recipe = build(cls, data, "recipe")
         return recipe
 
     def to_dict(self) -> dict[str, Any]:
@@ -389,8 +395,12 @@ def _shown(value: Any) -> str:
     return "float" if value is None else _toml_value(value)
 
 
-def _locate(key: str) -> tuple[str, str]:
-    """Map a flat setting name to (section, field)."""
+def locate(key: str, also: Collection[str] = ()) -> tuple[str, str]:
+    """Map a flat setting name to (section, field); the section is "" for the recipe's own fields.
+
+    Raises:
+        RecipeError: the name is unknown; the nearest one, of ``also`` too, is given.
+    """
     if key == "granularity":
         return "granularity", "method"
     names = {f.name: ("", f.name) for f in fields(Recipe) if f.name not in _SECTIONS}
@@ -400,7 +410,7 @@ def _locate(key: str) -> tuple[str, str]:
     names |= {f"activation_{f.name}": ("activations", f.name) for f in fields(ActivationRecipe)}
     names |= {f"{section}.{f.name}": (section, f.name) for section, part in _SECTIONS.items() for f in fields(part)}
     if key not in names:
-        alike = [n for n in ("granularity", "leave_float", *names) if ("." in n) == ("." in key)]
+        alike = [n for n in (*also, "granularity", "leave_float", *names) if ("." in n) == ("." in key)]
         raise RecipeError(f"setting {key!r} is unknown.{nearest_name(key, alike)}")
     return names[key]
 
@@ -408,7 +418,7 @@ def _locate(key: str) -> tuple[str, str]:
 def _value(section: str, name: str, value: Any) -> Any:
     """Turn plain data into the value of a field: lists into tuples, tables into overrides, null words into None."""
     if name == "layers" and isinstance(value, list | tuple):
-        return tuple(v if isinstance(v, LayerOverride) else _build(LayerOverride, v, "layers") for v in value)
+        return tuple(v if isinstance(v, LayerOverride) else build(LayerOverride, v, "layers") for v in value)
     null_word = _NULL_WORDS.get((section, name))
     return None if null_word is not None and value == null_word else _tuples(value)
 
@@ -439,7 +449,12 @@ def _overlay(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _build(cls: type, data: Any, where: str) -> Any:
+def build(cls: type, data: Any, where: str) -> Any:
+    """Make the frozen settings ``cls`` from plain data; keys left out take their defaults.
+
+    Raises:
+        RecipeError: an unknown key (the nearest one is given), one that is missing, or a value that ``cls`` refuses.
+    """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where} should be a table of settings, not {data!r}.")
     known = {f.name for f in fields(cls)}
@@ -449,7 +464,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
             raise RecipeError(f"{where}: key {key!r} is unknown.{nearest_name(key, sorted(known))}")
         section = _SECTIONS.get(key) if cls is Recipe else None
         if section is not None:
-            values[key] = None if value is None or value == "none" else _build(section, value, key)
+            values[key] = None if value is None or value == "none" else build(section, value, key)
         else:
             values[key] = _value(where, key, value)
     try:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quiesce.errors import FileFormatError, OutputError
 from quiesce.report import plots
 from quiesce.result import Result, Run
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from markupsafe import Markup
 
 
 def write_report(result: Result, path: Path) -> Path:
@@ -38,11 +42,27 @@ def render(result: Result) -> str:
     Raises:
         FileFormatError: the result holds no run.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
     if not result.runs:
         raise FileFormatError(f"the result of {result.model} holds no run, so there is nothing to report; run again.")
+    return template("report.html").render(
+        result=result,
+        float_top1=result.float.get("top1"),
+        labelled=list(zip(plots.run_labels(result.runs), result.runs, strict=True)),
+        recipe=recipe_sections(result.recipe),
+        loss_figure=figure(plots.loss_over_modules),
+        capacity_figure=figure(plots.capacities),
+        unit_figure=figure(plots.unit_losses),
+        module_order=plots.module_order,
+        merge_outcomes=plots.merge_outcomes,
+        drop=drop,
+        change=change,
+    )
+
+
+def template(name: str) -> Template:
+    """Return a page of this folder's templates, with the filters that all of them use."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("quiesce.report", "templates"),
         autoescape=True,
@@ -57,23 +77,14 @@ def render(result: Result) -> str:
         "bits": plots.bits,
     }
     environment.filters |= filters
+    return environment.get_template(name)
 
-    def figure(draw: Callable[..., str]) -> Callable[..., Markup]:
-        return lambda *arguments: Markup(draw(*arguments))
 
-    return environment.get_template("report.html").render(
-        result=result,
-        float_top1=result.float.get("top1"),
-        labelled=list(zip(plots.run_labels(result.runs), result.runs, strict=True)),
-        recipe=recipe_sections(result.recipe),
-        loss_figure=figure(plots.loss_over_modules),
-        capacity_figure=figure(plots.capacities),
-        unit_figure=figure(plots.unit_losses),
-        module_order=plots.module_order,
-        merge_outcomes=plots.merge_outcomes,
-        drop=drop,
-        change=change,
-    )
+def figure(draw: Callable[..., str]) -> Callable[..., Markup]:
+    """Return ``draw`` with its SVG marked as such, so that a page takes it as it is."""
+    from markupsafe import Markup
+
+    return lambda *arguments: Markup(draw(*arguments))
 
 
 def drop(run: Run, float_top1: float | None) -> float | None:

@@ -12,7 +12,7 @@ import re
 import statistics
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -160,6 +160,58 @@ def sensitivities(found: Sensitivity) -> str:
         worst = found.ranked[:3]
         told = ", ".join(f"{row.layer} ({number(row.error)})" for row in worst)
         return _svg(figure, f"Output error of each of {len(names)} layers quantized alone. Largest: {told}.")
+
+
+def metrics_over_bits(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], floats: Mapping[str, float]
+) -> str:
+    """Draw metrics over bits, a panel each, with a line for each method: its means over seeds, and their spread.
+
+    Args:
+        panels: values over seeds, by metric, method and bits. Bars are the sample standard deviation, small dots the
+            seeds.
+        floats: what the float network has, by metric: a dotted line.
+    """
+    columns = list(dict.fromkeys(name for methods in panels.values() for series in methods.values() for name in series))
+    names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
+    labels = [short(name, 60) for name in names]
+    rows = math.ceil(len(names) / max(1, min(3, int(900 / (60 + _CHARACTER * max(map(len, labels), default=0))))))
+    with _figure(_WIDTH, 330 + 22 * rows) as figure:
+        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        lines: dict[str, Any] = {}
+        for axes, (metric, methods) in zip(grid, panels.items(), strict=True):
+            for i, name in enumerate(names):
+                series = methods.get(name, {})
+                # Side by side, so that no bar hides another.
+                shift = 0.5 * ((i + 0.5) / len(names) - 0.5)
+                places = [columns.index(c) + shift for c in series]
+                means = [statistics.fmean(values) for values in series.values()]
+                spreads = [statistics.stdev(v) if len(v) > 1 else math.nan for v in series.values()]
+                look = _line_look(i, last=False) | {"capsize": 3, "elinewidth": 1.4}
+                lines[name] = axes.errorbar(places, means, spreads, **look)
+                for place, values in zip(places, series.values(), strict=True):
+                    axes.scatter([place] * len(values), values, s=7, color=look["color"], alpha=0.5)
+            if metric in floats:
+                axes.axhline(floats[metric], color=_INK, linewidth=1, linestyle=(0, (1, 2)))
+                end = {"ha": "right", "va": "bottom", "fontsize": 11}
+                axes.annotate("float", (1, floats[metric]), (0, 2), axes.get_yaxis_transform(), "offset points", **end)
+            axes.set_xlim(-0.5, len(columns) - 0.5)
+            axes.set_xticks(range(len(columns)), columns)
+            axes.set_ylabel(metric)
+            axes.grid(axis="y")
+        figure.legend(
+            [lines[name] for name in names],
+            labels,
+            loc="outside upper left",
+            ncols=math.ceil(len(names) / rows) if rows else 1,
+            handlelength=3.4,
+        )
+        first, methods = next(iter(panels.items()))
+        told = "; ".join(
+            f"{name}: " + ", ".join(f"{number(statistics.fmean(v))} at {c}" for c, v in series.items())
+            for name, series in methods.items()
+        )
+        return _svg(figure, f"{', '.join(panels)} over bits, mean over seeds. {first}: {told}.")
 
 
 def merge_outcomes(run: Run) -> dict[tuple[str, ...], str]:
