@@ -657,9 +657,8 @@ def _interruptible(kept: Path) -> Iterator[None]:
         yield
     except Stopped as stopped:
         if count := finished_units(kept):
-            stopped.add_note(
-                f"after {count} finished units, kept in {kept}; the same command (without --restart) goes on behind them"
-            )
+            again = "the same command (without --restart) goes on behind them"
+            stopped.add_note(f"after {count} finished units, kept in {kept}; {again}")
         raise
 
 
