@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers, flo
 from quiesce.recipe import BACKENDS as BACKEND_DEMANDS
 from quiesce.recipe import GranularityRecipe, Recipe, check_bits
 from quiesce.reconstruct.granular import Outcome, block_pass, check_granularity, merged_pass, propose
-from quiesce.reconstruct.journal import Journal, check_same_run, digest_of, digest_of_text, open_journal
+from quiesce.reconstruct.journal import check_same_run, digest_of, digest_of_text, open_journal
 from quiesce.reconstruct.loop import Job, Pass, layer_pass, measure_pass
 from quiesce.reconstruct.losses import fisher_weights
 from quiesce.reconstruct.streams import Network, Tensors
@@ -351,13 +350,13 @@ def run(
     """
     restore(prepared.graph, prepared.initial)
     if recipe.reconstruction is None or recipe.granularity is None:
-        measured = measure_pass(_job(prepared, recipe, None))
+        measured = measure_pass(_job(prepared, recipe))
         return [_report(prepared, recipe, measured, measured.seconds)], measured
-    kept: AbstractContextManager[Journal | None] = nullcontext()
-    if progress_folder is not None:
-        kept = open_journal(Path(progress_folder), _identity(prepared, recipe, block))
-    with kept as journal:
-        return _reconstruct(prepared, recipe, recipe.granularity, _job(prepared, recipe, journal), block, progress)
+    job = _job(prepared, recipe)
+    if progress_folder is None:
+        return _reconstruct(prepared, recipe, recipe.granularity, job, block, progress)
+    with open_journal(Path(progress_folder), _identity(prepared, job, block)) as journal:
+        return _reconstruct(prepared, recipe, recipe.granularity, replace(job, journal=journal), block, progress)
 
 
 def _reconstruct(
@@ -590,12 +589,13 @@ def _check_together(together: int, recipe: Recipe, counts: dict[str, int]) -> No
         raise DataError(f"the network takes {together} images together; give a multiple of {together} of: {wrong}.")
 
 
-def _identity(prepared: Prepared, recipe: Recipe, block: Pass | None) -> dict[str, Any]:
+def _identity(prepared: Prepared, job: Job, block: Pass | None) -> dict[str, Any]:
     """Return all that decides the numbers of a run, as nested plain data."""
     names = [str(node.target) for node in prepared.graph.graph.nodes if node.op == "get_attr"]
     tensors = {name: getattr(prepared.graph, name) for name in names}
     return {
-        **_settings(recipe, prepared.device),
+        **_settings(job.recipe, prepared.device),
+        "fused kernels": job.fused,
         "model": {"structure": digest_of_text(prepared.graph.code), "tensors": digest_of(tensors)},
         "calibration": {
             "images": len(prepared.samples),
@@ -617,7 +617,7 @@ def _settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _job(prepared: Prepared, recipe: Recipe, journal: Journal | None) -> Job:
+def _job(prepared: Prepared, recipe: Recipe) -> Job:
     network = Network(prepared.graph)
     inputs = _inputs(network, prepared.samples)
     reconstruction = recipe.reconstruction
@@ -641,7 +641,6 @@ def _job(prepared: Prepared, recipe: Recipe, journal: Journal | None) -> Job:
         reconstruction=reconstruction,  # type: ignore[arg-type]
         regularizer_weight=regularizer_weight(prepared.graph, recipe),
         fisher=fisher,
-        journal=journal,
     )
 
 

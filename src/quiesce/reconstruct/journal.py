@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 _RUN, _LOCK = "run.json", "lock"
 _ENTRY = re.compile(r"\d{4,}-([0-9a-f]{64})\.safetensors")
+_ROWS_AT_ONCE = 64
+"""Rows of a tensor that are copied at once to compute its digest."""
 _MOST_DIFFERENCES = 6
 """Differences between two runs that a message lists."""
 
@@ -186,7 +188,8 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in tensor.detach().split(_ROWS_AT_ONCE) if tensor.ndim else [tensor.detach()]:
+            sha.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{sha.hexdigest()}"
 
 
