@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = Recipe.preset("qdrop-fast", steps=options.steps, weight_range="minmax", activation_range="minmax")
     images = torch.randn(options.images, 3, options.size, options.size, generator=torch.Generator().manual_seed(0))
-    print("| Network | Units | A step, ms | A commit, ms | …processor | A commit, steps | A commit, KB | Run | Again |")
+    print("| Network | Units | A step, ms | A commit, ms | …processor | A commit, steps | KB | Run | Again |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name in options.networks:
         network = getattr(torchvision.models, name)(weights=None).eval()
