@@ -118,7 +118,7 @@ class Journal:
         _log.warning("finished unit %d can't be used (%s); it and later ones are done again", number + 1, reason)
         del self._chain[number + 1 :]
         for path in set(_entries(self.folder)) - {self._path(i) for i in range(number)}:
-            path.unlink()
+            _remove(path)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:04}-{self._chain[number + 1]}.safetensors"
@@ -132,13 +132,9 @@ def open_journal(folder: Path, run: Run) -> Iterator[Journal]:
         OutputError: another process works on it, it is of another run, or can't be written.
     """
     with _locked(folder):
-        try:
-            for temporary in folder.glob(".*.partial-*"):
-                temporary.unlink()
-            journal = Journal(folder, run)
-        except OSError as error:
-            raise _unusable(folder, error) from error
-        yield journal
+        for temporary in folder.glob(".*.partial-*"):
+            _remove(temporary)
+        yield Journal(folder, run)
 
 
 def check_same_run(folder: Path, run: Run) -> None:
@@ -174,11 +170,8 @@ def discard(folder: Path) -> None:
     if not folder.is_dir():
         return
     with _locked(folder):
-        try:
-            for path in (folder / _RUN, *folder.glob(".*.partial-*"), *_entries(folder), folder / _LOCK):
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise _unusable(folder, error) from error
+        for path in (folder / _RUN, *folder.glob(".*.partial-*"), *_entries(folder), folder / _LOCK):
+            _remove(path)
     with suppress(OSError):
         folder.rmdir()
 
@@ -287,6 +280,13 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise _unusable(folder, error) from error
         yield
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unusable(path.parent, error) from error
 
 
 def _unusable(folder: Path, error: OSError) -> OutputError:
