@@ -181,7 +181,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        for part in tensor.detach().split(_ROWS_AT_ONCE) if tensor.ndim else [tensor.detach()]:
+        for part in torch.split(tensor.detach(), _ROWS_AT_ONCE) if tensor.ndim else (tensor.detach(),):
             sha.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{sha.hexdigest()}"
 
