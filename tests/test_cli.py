@@ -1,13 +1,16 @@
 import ctypes
+import errno
 import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +18,12 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+import quiesce.reconstruct.loop
 from quiesce.cli import _stdout_to_stderr, app, main, read_recipe, results_table
 from quiesce.errors import RecipeError
 from quiesce.recipe import GRANULARITIES, PRESETS, Recipe
 from quiesce.result import Result, Run
+from tiny import without_times
 
 SOURCE = """
 import pathlib
@@ -181,6 +186,95 @@ class TestQuantize:
         code, out, err = command(*QUANTIZE, *settings, "--out", "out")
         assert code == 0, err
         assert "brecq-fast" in out and "100%" in err and "100%" not in out
+
+
+class TestInterrupted:
+    BRECQ = (*QUANTIZE, "--preset", "brecq-fast", "--steps", "4", "--set", "batch_size=8", "--out", "out")
+
+    @pytest.fixture
+    def stop_third_unit(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+        """Let the process get a signal while it optimizes the third unit of the next command."""
+        optimize = quiesce.reconstruct.loop.optimize
+
+        def arm(number: int) -> None:
+            units = []
+
+            def signalled(*args: Any, on_step: Callable[[], None], **settings: Any) -> Any:
+                units.append(0)
+
+                def step() -> None:
+                    on_step()
+                    if len(units) == 3:
+                        signal.raise_signal(number)
+
+                return optimize(*args, on_step=step, **settings)
+
+            monkeypatch.setattr(quiesce.reconstruct.loop, "optimize", signalled)
+
+        return arm
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_stops_cleanly_and_the_same_command_goes_on(
+        self, place: Path, command: Command, stop_third_unit: Callable[[int], None], number: int
+    ) -> None:
+        handler = signal.getsignal(number)
+        code, _, err = command(*self.BRECQ)
+        assert code == 0, err
+        (place / "out").rename(place / "whole")
+        stop_third_unit(number)
+        code, _, err = command(*self.BRECQ)
+        assert code == 128 + number and signal.getsignal(number) is handler
+        assert err.splitlines()[-1] == (
+            f"stopped after 2 finished units, kept in {place / 'out.progress'}; "
+            "the same command (without --restart) goes on behind them"
+        )
+        assert "Traceback" not in err and not (place / "out").exists()
+        assert not [path for path in place.rglob("*") if "partial" in path.name]
+        code, _, err = command(*self.BRECQ, "--steps", "5")
+        assert code == 1 and "(reconstruction.steps: 4 -> 5)" in err and "--restart" in err
+        code, _, err = command(*self.BRECQ)
+        assert code == 0 and f"continuing after 2 finished units ({place / 'out.progress'})\n" in err
+        assert not (place / "out.progress").exists()
+        whole, resumed = (without_times(Result.read(place / name / "result.json")) for name in ("whole", "out"))
+        assert whole == resumed
+        for name in ("quantized.json", "quantized.safetensors", "recipe.toml"):
+            assert (place / "whole" / name).read_bytes() == (place / "out" / name).read_bytes()
+
+    def test_restart_throws_progress_away(
+        self, place: Path, command: Command, stop_third_unit: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stop_third_unit(signal.SIGINT)
+        command(*self.BRECQ)
+        monkeypatch.undo()
+        monkeypatch.chdir(place)
+        code, _, err = command(*self.BRECQ, "--steps", "5", "--restart")
+        assert code == 0 and "continuing" not in err
+        run = Result.read(place / "out" / "result.json").run
+        assert {(record.steps, record.resumed) for record in run.unit_records} == {(5, False)}
+        assert not (place / "out.progress").exists()
+
+    def test_progress_is_kept_until_the_results_are(
+        self, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A disk that is full when all is optimized costs nothing but the writing."""
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def fails(*_: object) -> None:
+            raise full
+
+        with monkeypatch.context() as patch:
+            patch.setattr("quiesce.report.html.write_report", fails)
+            code, _, err = command(*self.BRECQ)
+        assert code == 1 and "out can't be written (No space left on device)" in err
+        with monkeypatch.context() as patch:
+            patch.delattr("quiesce.reconstruct.loop.optimize")
+            code, _, err = command(*self.BRECQ)
+        assert code == 0, err
+
+    def test_stopped_in_front_of_any_work(self, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("quiesce.models.load_model", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        code, _, err = command(*self.BRECQ)
+        assert code == 130 and err.splitlines()[-1] == "stopped"
 
 
 class TestOutputFolder:

@@ -1,11 +1,14 @@
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import quiesce.data
 from quiesce.data import Samples, check_like, gather, load_data
 from quiesce.errors import DataError
 from quiesce.preprocess import Preprocessing
@@ -31,6 +34,23 @@ def write_classes(folder: Path, counts: dict[str, int]) -> Path:
 def grey_values(samples: Samples) -> list[int]:
     (images,) = samples.args
     return ((images[:, 0, 0, 0] * 0.25 + 0.5) * 255).round().int().tolist()
+
+
+class Faulty(Dataset[torch.Tensor]):
+    """Six vectors; reading the fourth kills the process (as the system does when memory is short), or finds no file."""
+
+    def __init__(self, fault: str, file: Path) -> None:
+        self.fault, self.file = fault, file
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 3 and self.fault == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 3:
+            self.file.read_bytes()
+        return torch.full((3,), float(index))
 
 
 class TestSamples:
@@ -89,6 +109,18 @@ class TestGather:
                 yield torch.ones(4, 3)
 
         assert len(gather(endless(), limit=10)) == 10
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("dies", r"evaluation data raised RuntimeError: DataLoader worker \(pid.*\) (is killed|exited)"),
+            ("vanishes", r"evaluation data raised FileNotFoundError: .*No such file or directory: '.*gone\.png'$"),
+        ],
+    )
+    def test_a_worker_that_dies_and_one_whose_file_vanishes(self, tmp_path: Path, fault: str, message: str) -> None:
+        loader = DataLoader(Faulty(fault, tmp_path / "gone.png"), batch_size=2, num_workers=1)
+        with pytest.raises(DataError, match=message):
+            gather(loader, "evaluation")
 
     def test_gradients_are_left_behind(self) -> None:
         assert not gather(torch.ones(2, 3, requires_grad=True)).args[0].requires_grad
@@ -273,6 +305,21 @@ class TestNpz:
             load_data(str(path), RGB)
 
 
+def test_an_image_that_vanishes_behind_the_listing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / name)
+    listing = quiesce.data._image_files
+
+    def vanishing(folder: Path) -> list[Path]:
+        files = listing(folder)
+        (tmp_path / "b.png").unlink()
+        return files
+
+    monkeypatch.setattr(quiesce.data, "_image_files", vanishing)
+    with pytest.raises(DataError, match=r"image .*b\.png can't be read \(.*No such file.*; repair or remove it"):
+        load_data(str(tmp_path), RGB)
+
+
 class TestCallable:
     @pytest.fixture(autouse=True)
     def module(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +343,7 @@ class TestCallable:
         ("spec", "message"),
         [
             ("own_data:broken", "calling 'own_data:broken' without arguments raised KeyError"),
-            ("own_data:breaks_later", "iterating over own_data:breaks_later raised ZeroDivisionError"),
+            ("own_data:breaks_later", "iterating over the evaluation data raised ZeroDivisionError"),
             ("own_data:nothing", "evaluation data is empty"),
             ("own_data:goood", "has no 'goood'. Did you mean 'good'"),
             ("own_dta:good", "module 'own_dta' .* can't be imported"),

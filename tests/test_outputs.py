@@ -1,6 +1,8 @@
 import errno
 import os
+import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,31 @@ def test_the_earlier_results_come_back_if_the_rename_fails(tmp_path: Path, monke
     with pytest.raises(OutputError, match="Input/output error"), output_folder(tmp_path / "out", force=True):
         pass
     assert set(leftovers(tmp_path / "out")) == RESULT_FILES and leftovers(tmp_path) == ["out"]
+
+
+def test_what_is_renamed_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Power may fail at any moment: the content is forced to the disk, then the name, then nothing else counts."""
+    done: list[str] = []
+    sync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def forced(opened: int) -> None:
+        name = Path(f"/proc/self/fd/{opened}").readlink().name
+        done.append(f"sync {re.sub('partial-[0-9a-f]{8}', 'partial', name)}")
+        sync(opened)
+
+    def named(self: Path, target: Path, change: Callable[..., Path]) -> Path:
+        done.append(f"name {target.name}")
+        return change(self, target)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(Path, "replace", lambda self, target: named(self, target, replace))
+    monkeypatch.setattr(Path, "rename", lambda self, target: named(self, target, rename))
+    write_text(tmp_path / "x", "one")
+    assert done == ["sync .x.partial", "name x", f"sync {tmp_path.name}"]
+    done.clear()
+    with output_folder(tmp_path / "out", force=False) as folder:
+        (folder / "result.json").write_text("new")
+    assert done == ["sync result.json", "sync .out.partial", "name out", f"sync {tmp_path.name}"]
 
 
 def test_write_text_replaces_whole_files(tmp_path: Path) -> None:

@@ -165,9 +165,9 @@ def same_state(first: dict[str, Tensor], second: dict[str, Tensor], *prefixes: s
 
 
 def without_times(result: Result) -> Result:
-    """The result with every duration set to 0, to compare two runs."""
+    """The result with every duration set to 0 and no word of interruptions, to compare two runs."""
     runs = []
     for run in result.runs:
-        records = [dataclasses.replace(r, seconds=0.0) for r in run.unit_records]
+        records = [dataclasses.replace(r, seconds=0.0, resumed=False) for r in run.unit_records]
         runs.append(dataclasses.replace(run, unit_records=records, **dict.fromkeys(DURATIONS, 0.0)))
     return dataclasses.replace(result, runs=runs)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import io
 import json
+import logging
 import os
 import re
+import signal
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,6 +65,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that quantize or demo has written.")]
 Out = Annotated[Path, _option("Folder for the results; made by this command.", "DIR")]
 Force = Annotated[bool, _option("Replace earlier results in the output folder.", None, "--force")]
+Restart = Annotated[bool, _option("Throw an interrupted run's progress away instead of going on.", None, "--restart")]
 Seed = Annotated[int, _option("Seed of everything random.", "N", min=0)]
 Device = Annotated[str | None, _option("Such as cuda:1.", "NAME", show_default="cuda if there is one, else cpu")]
 Calibration = Annotated[str, _option(f"Images to fit on, labels unused: {_DATA}.", "DATA")]
@@ -183,13 +187,48 @@ Interpolation = Annotated[
 ]
 
 
+class Stopped(BaseException):
+    """The user, or the system, wants the program to end. Neither an Exception, nor what click catches."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. An error of the user's is one line on stderr and exit code 1."""
+    """Run the command line.
+
+    An error of the user's is one line on stderr and exit code 1; Ctrl-C and SIGTERM are one line and 128 + the number
+    of the signal.
+    """
     try:
-        app(arguments)
+        with _signals_as_exceptions():
+            app(arguments)
     except QuiesceError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except Stopped as stopped:
+        typer.echo(" ".join(["stopped", *getattr(stopped, "__notes__", [])]), err=True)
+        sys.exit(128 + stopped.number)
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Within the block, Ctrl-C and SIGTERM raise :class:`Stopped`, so that all is left in order."""
+
+    process = os.getpid()
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if os.getpid() != process:  # a worker of a DataLoader: it just ends
+            os._exit(128 + number)
+        raise Stopped(number)
+
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _show_version(wanted: bool) -> None:
@@ -252,8 +291,12 @@ def quantize(
     trust: Trust = False,
     device: Device = None,
     force: Force = False,
+    restart: Restart = False,
 ) -> None:
-    """Quantize MODEL, and write the network, its result, its recipe and a report to a folder."""
+    """Quantize MODEL, and write the network, its result, its recipe and a report to a folder.
+
+    Interrupted, it goes on where it was when the same command is given again.
+    """
     # All that can be wrong is looked at before anything slow is done.
     from quiesce.outputs import check_free, output_folder
 
@@ -279,34 +322,41 @@ def quantize(
     from quiesce.data import load_data
     from quiesce.models import load_model
     from quiesce.preprocess import override
+    from quiesce.reconstruct.journal import discard
     from quiesce.report.html import write_report
 
-    loaded = load_model(model, weights=weights, by_order=weights_by_order, trust=trust)
-    preprocessing = override(loaded.preprocessing, **preparation)
-    samples = load_data(calibration, preprocessing, limit=images, seed=chosen.seed)
-    test = None
-    if evaluate is not None:
-        test = load_data(evaluate, preprocessing, limit=evaluate_images, seed=chosen.seed, what="evaluation")
-    if budget:
-        with _progress() as progress, _stdout_to_stderr():
-            made = choose_bits(loaded.model, samples, chosen, **budget, device=place, progress=progress)
-        chosen = made.recipe
-        _print(_mixed_table(made))
-    with _progress() as progress:
-        quantized = quantize_model(
-            loaded.model,
-            samples,
-            chosen,
-            evaluate=test,
-            device=place,
-            progress=progress,
-            name=loaded.name,
-            preprocessing=None if preprocessing is None else preprocessing.to_dict(),
-        )
-    with output_folder(out, force=force) as folder:
-        quantized.save(folder)
-        write_report(quantized.result, folder / "report.html")
+    kept = out.resolve().with_name(f"{out.resolve().name}.progress")
+    if restart:
+        discard(kept)
+    with _interruptible(kept):
+        loaded = load_model(model, weights=weights, by_order=weights_by_order, trust=trust)
+        preprocessing = override(loaded.preprocessing, **preparation)
+        samples = load_data(calibration, preprocessing, limit=images, seed=chosen.seed)
+        test = None
+        if evaluate is not None:
+            test = load_data(evaluate, preprocessing, limit=evaluate_images, seed=chosen.seed, what="evaluation")
+        if budget:
+            with _progress() as progress, _stdout_to_stderr():
+                made = choose_bits(loaded.model, samples, chosen, **budget, device=place, progress=progress)
+            chosen = made.recipe
+            _print(_mixed_table(made))
+        with _progress() as progress:
+            quantized = quantize_model(
+                loaded.model,
+                samples,
+                chosen,
+                evaluate=test,
+                device=place,
+                progress=progress,
+                name=loaded.name,
+                preprocessing=None if preprocessing is None else preprocessing.to_dict(),
+                progress_folder=kept,
+            )
+        with output_folder(out, force=force) as folder:
+            quantized.save(folder)
+            write_report(quantized.result, folder / "report.html")
     _show_results(quantized.result, out)
+    discard(kept)
 
 
 @app.command()
@@ -667,8 +717,22 @@ def _numbers(option: str, text: str | None, kind: type[int] | type[float]) -> tu
 
 
 @contextmanager
+def _interruptible(kept: Path) -> Iterator[None]:
+    """Within the block, to be stopped says how to go on from the finished units in ``kept``."""
+    from quiesce.reconstruct.journal import finished_units
+
+    try:
+        yield
+    except Stopped as stopped:
+        if count := finished_units(kept):
+            again = "the same command (without --restart) goes on behind them"
+            stopped.add_note(f"after {count} finished units, kept in {kept}; {again}")
+        raise
+
+
+@contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar on stderr; yield the function that moves it: (stage, done, total)."""
+    """Show a bar on stderr, and above it what the package logs; yield what moves it: (stage, done, total)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -677,13 +741,27 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar, _logged():
         task = bar.add_task("starting", total=None)
 
         def move(stage: str, done: int, total: int) -> None:
             bar.update(task, description=stage, completed=done, total=total)
 
         yield move
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Within the block, what the package logs is a line on stderr."""
+    logger, handler = logging.getLogger("quiesce"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def results_table(result: Result) -> Table:

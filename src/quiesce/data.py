@@ -90,8 +90,8 @@ def gather(data: object, what: str = "calibration", limit: int | None = None) ->
     An input may itself be a dict, tuple or list of tensors, for networks that take such.
 
     Raises:
-        DataError: there is nothing, a batch holds NaN or inf, or batches differ in kind, shape, or dtype. ``what``
-            names the data in the message.
+        DataError: there is nothing, a batch holds NaN or inf, batches differ in kind, shape, or dtype, or the iterable
+            raises, as when a worker process of a DataLoader dies. ``what`` names the data in the message.
     """
     if limit is not None and limit < 1:
         raise DataError(f"the limit of {what} samples is {limit}; give 1 or more.")
@@ -164,14 +164,22 @@ def load_data(
     raise DataError(f"{what} data {spec!r} is not there; give an image folder, a .npz file, or module.path:callable.")
 
 
-def _iterate(data: object, what: str) -> Iterable[object]:
+def _iterate(data: object, what: str) -> Iterator[object]:
     if isinstance(data, Samples | Tensor | Mapping):
-        return [data]
+        yield data
+        return
     if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise DataError(
             f"the {what} data is {_kind(data)}; give a tensor [N, ...] or an iterable of batches such as a DataLoader."
         )
-    return data
+    try:
+        yield from data
+    except QuiesceError:
+        raise
+    except Exception as error:
+        # Of an error in a worker, the text is a traceback; its last line says what it was.
+        reason = str(error).strip().rpartition("\n")[2]
+        raise DataError(f"iterating over the {what} data raised {type(error).__name__}: {reason}") from error
 
 
 def _batch(raw: object, where: str) -> Samples:
@@ -268,13 +276,7 @@ def _is_integer(tensor: Tensor) -> bool:
 def _from_callable(spec: str, what: str, limit: int | None) -> Samples:
     # Iterating is still the user's code, and may import more of it.
     with working_folder_importable():
-        data = call_dotted(spec, DataError)
-        try:
-            return gather(data, what, limit)
-        except QuiesceError:
-            raise
-        except Exception as error:
-            raise DataError(f"iterating over {spec} raised {type(error).__name__}: {error}.") from error
+        return gather(call_dotted(spec, DataError), what, limit)
 
 
 def _read_folder(folder: Path, preprocessing: Preprocessing | None, limit: int | None, seed: int) -> Samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -55,7 +56,7 @@ def output_folder(path: Path, *, force: bool) -> Iterator[Path]:
     check_free(path, force)
     path = Path(path).resolve()
     new_parents = [p for p in path.parents if not p.exists()]
-    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    temporary = _partial(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -93,20 +94,41 @@ def check_new(path: Path, force: bool) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file aside and rename it, so that it is whole or not there.
+    """Write a file aside and rename it, so that it is whole or not there, even when the power fails.
 
     Raises:
         OutputError: it can't be written; nothing is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    temporary = _partial(path)
     try:
         temporary.write_bytes(content)
+        _sync(temporary)
         temporary.replace(path)
-    except OSError as error:
+        _sync(path.parent)
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        raise _cannot_write(path, error) from error
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
+        raise
+
+
+def _partial(path: Path) -> Path:
+    """Return where ``path`` is written aside: beside it, under a name of its own."""
+    return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+
+
+def _sync(path: Path) -> None:
+    """Force a file's content, or the names in a folder, to the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.EINVAL):  # of file systems that can't do it for folders
+            raise
+    finally:
+        os.close(opened)
 
 
 def _check_place(path: Path) -> None:
@@ -124,8 +146,11 @@ def _check_place(path: Path) -> None:
 
 
 def _publish(temporary: Path, path: Path) -> None:
+    for written in (*temporary.iterdir(), temporary):
+        _sync(written)
     if not path.exists():
         temporary.rename(path)
+        _sync(path.parent)
         return
     # Two renames, so that the earlier results are whole at every moment, under one name or the other.
     old = path.with_name(f"{temporary.name}-old")
@@ -135,6 +160,7 @@ def _publish(temporary: Path, path: Path) -> None:
     except OSError:
         old.rename(path)
         raise
+    _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -49,6 +49,7 @@ from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers, flo
 from quiesce.recipe import BACKENDS as BACKEND_DEMANDS
 from quiesce.recipe import GranularityRecipe, Recipe, check_bits
 from quiesce.reconstruct.granular import Outcome, block_pass, check_granularity, merged_pass, propose
+from quiesce.reconstruct.journal import check_same_run, digest_of, digest_of_text, open_journal
 from quiesce.reconstruct.loop import Job, Pass, layer_pass, measure_pass
 from quiesce.reconstruct.losses import fisher_weights
 from quiesce.reconstruct.streams import Network, Tensors
@@ -199,6 +200,7 @@ def quantize(
     progress: ProgressCallback | None = None,
     name: str | None = None,
     preprocessing: dict[str, Any] | None = None,
+    progress_folder: Path | str | None = None,
 ) -> QuantizedModel:
     """Quantize ``model`` as ``recipe`` says.
 
@@ -211,12 +213,19 @@ def quantize(
         progress: called as ``progress(stage, steps_done, steps_planned)``.
         name: the model's name in the result; None is its class.
         preprocessing: kept with the network, for who loads it.
+        progress_folder: where finished units are kept, so that the same call, made again after an interruption, goes on
+            behind them to the same result, bit for bit (docs/resume.md). It stays when all is done: remove it once the
+            result is safe. None keeps nothing.
 
     Raises:
-        QuiesceError: one sentence on what is wrong with the model, the data or the recipe.
+        QuiesceError: one sentence on what is wrong with the model, the data or the recipe, or that ``progress_folder``
+            is of another run.
     """
+    if progress_folder is not None:
+        where = torch.device(device) if device is not None else _device_of(model)
+        check_same_run(Path(progress_folder), _settings(recipe, where))
     prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, name=name)
-    runs, _ = run(prepared, recipe, progress=progress)
+    runs, _ = run(prepared, recipe, progress=progress, progress_folder=progress_folder)
     return QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, preprocessing)
 
 
@@ -324,29 +333,48 @@ def prepare(
 
 
 def run(
-    prepared: Prepared, recipe: Recipe, *, block: Pass | None = None, progress: ProgressCallback | None = None
+    prepared: Prepared,
+    recipe: Recipe,
+    *,
+    block: Pass | None = None,
+    progress: ProgressCallback | None = None,
+    progress_folder: Path | str | None = None,
 ) -> tuple[list[Run], Pass]:
     """Reconstruct the prepared network as ``recipe`` says and leave it in the state that was kept.
 
     ``block`` is a block pass of the same prepared network and the same reconstruction settings; without it one is
-    made when needed, and reported as a run of its own in front.
+    made when needed, and reported as a run of its own in front. ``progress_folder`` is as for :func:`quantize`.
 
     Returns:
         The runs, the asked-for one last, and its pass.
     """
     restore(prepared.graph, prepared.initial)
-    counter = Progress(progress)
     if recipe.reconstruction is None or recipe.granularity is None:
         measured = measure_pass(_job(prepared, recipe))
         return [_report(prepared, recipe, measured, measured.seconds)], measured
     job = _job(prepared, recipe)
-    if recipe.granularity.method == "layer":
+    if progress_folder is None:
+        return _reconstruct(prepared, recipe, recipe.granularity, job, block, progress)
+    with open_journal(Path(progress_folder), _identity(prepared, job, block)) as journal:
+        return _reconstruct(prepared, recipe, recipe.granularity, replace(job, journal=journal), block, progress)
+
+
+def _reconstruct(
+    prepared: Prepared,
+    recipe: Recipe,
+    granularity: GranularityRecipe,
+    job: Job,
+    block: Pass | None,
+    progress: ProgressCallback | None,
+) -> tuple[list[Run], Pass]:
+    counter = Progress(progress)
+    if granularity.method == "layer":
         done = layer_pass(job, partition(prepared.graph, "layer"), counter)
         return [_report(prepared, recipe, done, done.seconds)], done
-    if recipe.granularity.method == "block":
+    if granularity.method == "block":
         done = block_pass(job, counter)
         return [_report(prepared, recipe, done, done.seconds)], done
-    outcome = merged_pass(job, recipe.granularity, counter, block)
+    outcome = merged_pass(job, granularity, counter, block)
     runs = [_report_outcome(prepared, recipe, outcome)]
     if block is None and outcome.block is not None:
         restore(prepared.graph, outcome.block.state)
@@ -559,6 +587,34 @@ def _check_together(together: int, recipe: Recipe, counts: dict[str, int]) -> No
     wrong = ", ".join(f"{name} ({count})" for name, count in counts.items() if count % together)
     if wrong:
         raise DataError(f"the network takes {together} images together; give a multiple of {together} of: {wrong}.")
+
+
+def _identity(prepared: Prepared, job: Job, block: Pass | None) -> dict[str, Any]:
+    """Return all that decides the numbers of a run, as nested plain data."""
+    names = [str(node.target) for node in prepared.graph.graph.nodes if node.op == "get_attr"]
+    tensors = {name: getattr(prepared.graph, name) for name in names}
+    return {
+        **_settings(job.recipe, prepared.device),
+        "fused kernels": job.fused,
+        "model": {"structure": digest_of_text(prepared.graph.code), "tensors": digest_of(tensors)},
+        "calibration": {
+            "images": len(prepared.samples),
+            "held out": len(prepared.samples) - prepared.images,
+            "values": digest_of(prepared.samples.inputs),
+        },
+        "block pass": None if block is None else digest_of(block.state),
+    }
+
+
+def _settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """Return the part of :func:`_identity` that is known before any work."""
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py")))
+    return {
+        "recipe": recipe.to_dict(),
+        "versions": versions(),
+        "code of quiesce": digest_of_text(code),
+        "hardware": hardware(device),
+    }
 
 
 def _job(prepared: Prepared, recipe: Recipe) -> Job:

@@ -35,6 +35,8 @@ class UnitRecord:
     """True when the unit was taken over from the block pass instead of being optimized again."""
     returns: int = 0
     """Times that it went back some steps, as the loss was no longer finite, and on at a tenth of the rates."""
+    resumed: bool = False
+    """True when the unit was optimized before the run was interrupted and begun again."""
 
 
 @dataclass

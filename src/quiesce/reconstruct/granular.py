@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +96,7 @@ def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: 
     A block pass is made when the scores or the guard need one. The network is left in the state of the outcome's
     ``kept`` pass.
     """
-    began = time.perf_counter()
+    began = job.clock()
     given_seconds = 0.0 if block is None else block.seconds
     if block is None and (recipe.guard or recipe.method in DATA_DEPENDENT):
         block = block_pass(job, progress)
@@ -111,7 +110,7 @@ def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: 
     final, merges, trials = _passes(job, recipe, progress, proposal.groups, block, guard)
     report, kept = _final_comparison(job, guard, trials, final, block)
     restore(job.network.gm, kept.state)
-    seconds = time.perf_counter() - began + given_seconds
+    seconds = job.clock() - began + given_seconds
     names = [[job.modules[i].name for i in group] for group in merges]
     block_seconds = 0.0 if block is None else block.seconds
     return Outcome(kept, seconds, proposal, names, report, block, block_seconds, final.reused_seconds)

@@ -17,6 +17,7 @@ from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore, snapshot
 from quiesce.recipe import Recipe, ReconstructionRecipe
 from quiesce.reconstruct.guard import Guard, Trial
+from quiesce.reconstruct.journal import Journal
 from quiesce.reconstruct.optimize import Course, Problem, optimize
 from quiesce.reconstruct.streams import Network, Streams, Tensors
 from quiesce.result import UnitRecord
@@ -42,6 +43,12 @@ class Job:
     fisher: Tensors | None = None
     fused: bool = False
     """Elementwise maths of steps as compiled kernels."""
+    journal: Journal | None = None
+    """Where finished units are kept, and taken over from; None keeps nothing."""
+
+    def clock(self) -> float:
+        """Return seconds, of which differences count: a unit that is taken over takes what it took at its time."""
+        return time.perf_counter() + (0.0 if self.journal is None else self.journal.seconds)
 
     def learns(self, unit: Unit) -> bool:
         """False for a unit that is left float: it has nothing to optimize."""
@@ -68,16 +75,16 @@ class Pass:
 
 def measure_pass(job: Job) -> Pass:
     """Measure the network as it is now, optimizing nothing."""
-    began = time.perf_counter()
+    began = job.clock()
     walk = _Walk(job)
     for module in job.modules:
         walk.advance(module.stop)
-    return Pass(snapshot(job.network.gm), [], [], walk.losses, time.perf_counter() - began)
+    return Pass(snapshot(job.network.gm), [], [], walk.losses, job.clock() - began)
 
 
 def layer_pass(job: Job, layers: Sequence[Unit], progress: Progress) -> Pass:
     """Reconstruct units that are finer than modules, one after another."""
-    began = time.perf_counter()
+    began = job.clock()
     steps = [job.reconstruction.steps * job.learns(layer) for layer in layers]
     progress.plan(sum(steps))
     restore(job.network.gm, job.initial)
@@ -86,7 +93,7 @@ def layer_pass(job: Job, layers: Sequence[Unit], progress: Progress) -> Pass:
         walk.optimize(layer, list(layer.layers), number, False, progress)
         for layer, number in zip(layers, steps, strict=True)
     ]
-    return Pass(snapshot(job.network.gm), [], records, walk.losses, time.perf_counter() - began)
+    return Pass(snapshot(job.network.gm), [], records, walk.losses, job.clock() - began)
 
 
 def module_pass(
@@ -98,7 +105,7 @@ def module_pass(
     not have can start from its state. With a ``guard`` too, such a unit is kept only if it leaves the network's
     held-out output closer to the float one than the previous state of the same modules does.
     """
-    began = time.perf_counter()
+    began = job.clock()
     walk = _GroupWalk(job, progress, previous, guard)
     restore(job.network.gm, job.initial if previous is None else previous.state)
     for position, group in enumerate(groups):
@@ -106,9 +113,7 @@ def module_pass(
         walk.take(group)
     walk.plan([])
     progress.enter(progress.stage)  # shows that steps planned for what was reused in the end are not to come
-    return Pass(
-        snapshot(job.network.gm), walk.done, walk.records, walk.losses, time.perf_counter() - began, walk.trials
-    )
+    return Pass(snapshot(job.network.gm), walk.done, walk.records, walk.losses, job.clock() - began, walk.trials)
 
 
 class _Walk:
@@ -136,13 +141,25 @@ class _Walk:
                 self.losses.append(loss)
 
     def optimize(self, unit: Unit, names: list[str], steps: int, warm: bool, progress: Progress) -> UnitRecord:
-        """Optimize the unit that starts here, for no steps if it has nothing to learn, and move behind it."""
-        began = time.perf_counter()
+        """Optimize the unit that starts here, for no steps if it has nothing to learn, and move behind it.
+
+        A unit that was finished before the run was interrupted is taken over from the journal.
+        """
         progress.enter(unit.name)
-        course = self._learn(unit, steps, warm, progress) if steps else Course([])
-        seconds = time.perf_counter() - began
+        module = extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop)
+        extent = {"unit": unit.name, "start": unit.start, "stop": unit.stop, "steps": steps, "warm": warm}
+        journal = self.job.journal if steps else None
+        record = None if journal is None else journal.take_over(module, extent)
+        if record is None:
+            began = time.perf_counter()
+            course = self._learn(unit, steps, warm, progress) if steps else Course([])
+            record = UnitRecord(names, steps, time.perf_counter() - began, course.curve, returns=course.returns)
+            if journal is not None:
+                journal.commit(module, extent, record)
+        else:
+            progress.plan(-steps)
         self.advance(unit.stop)
-        return UnitRecord(names, steps, seconds, course.curve, returns=course.returns)
+        return record
 
     def _learn(self, unit: Unit, steps: int, warm: bool, progress: Progress) -> Course:
         job = self.job
