@@ -33,6 +33,10 @@ class OutputError(QuiesceError):
     """Results can't be written where asked."""
 
 
+class MemoryLimitError(QuiesceError):
+    """The memory, or the disk in its place, that a run may take does not suffice."""
+
+
 MOST_NAMES = 12
 """Names that a message lists when none is close to what was given."""
 

@@ -220,7 +220,7 @@ def block_type(gm: fx.GraphModule, unit: Unit) -> str:
 
 @torch.no_grad()
 def loss_of(problem: Problem) -> float:
-    return float(_loss(problem, torch.arange(len(problem.targets[0])), None))
+    return float(_loss(problem, torch.arange(problem.images), None))
 
 
 def floor_of(problem: Problem) -> float:
