@@ -103,6 +103,15 @@ CapacityGranularity = Annotated[
 Steps = Annotated[
     int | None, _option("Optimization steps for each module.", "N", panel=_RECIPE, show_default="the preset's")
 ]
+MemoryBudget = Annotated[
+    str | None,
+    _option(
+        "What reconstruction may take on the device, such as 4GB; what has no room goes to files.",
+        "SIZE",
+        "--memory",
+        show_default="most of what is free",
+    ),
+]
 RecipeSeed = Annotated[
     int | None, _option("Seed of everything random.", "N", "--seed", panel=_RECIPE, show_default="0")
 ]
@@ -238,10 +247,12 @@ def quantize(
     weights_by_order: WeightsByOrder = False,
     trust: Trust = False,
     device: Device = None,
+    memory: MemoryBudget = None,
     force: Force = False,
 ) -> None:
     """Quantize MODEL, and write the network, its result, its recipe and a report to a folder."""
     # All that can be wrong is looked at before anything slow is done.
+    from quiesce.memory import parse_bytes
     from quiesce.outputs import check_free, output_folder
 
     check_free(out, force)
@@ -258,6 +269,7 @@ def quantize(
         seed=seed,
     )
     budget = _budget(mixed, mixed_bits)
+    most = None if memory is None else parse_bytes(memory)
     place = _device(device)
     preparation = _preprocessing_options(resize, crop, mean, std, interpolation)
 
@@ -270,10 +282,13 @@ def quantize(
 
     loaded = load_model(model, weights=weights, by_order=weights_by_order, trust=trust)
     preprocessing = override(loaded.preprocessing, **preparation)
-    samples = load_data(calibration, preprocessing, limit=images, seed=chosen.seed)
+    in_file = most is not None and place.type == "cpu"
+    samples = load_data(calibration, preprocessing, limit=images, seed=chosen.seed, in_file=in_file)
     test = None
     if evaluate is not None:
-        test = load_data(evaluate, preprocessing, limit=evaluate_images, seed=chosen.seed, what="evaluation")
+        test = load_data(
+            evaluate, preprocessing, limit=evaluate_images, seed=chosen.seed, what="evaluation", in_file=in_file
+        )
     if budget:
         with _progress() as progress, _stdout_to_stderr():
             made = choose_bits(loaded.model, samples, chosen, **budget, device=place, progress=progress)
@@ -286,6 +301,7 @@ def quantize(
             chosen,
             evaluate=test,
             device=place,
+            memory=most,
             progress=progress,
             name=loaded.name,
             preprocessing=None if preprocessing is None else preprocessing.to_dict(),
