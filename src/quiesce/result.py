@@ -35,6 +35,8 @@ class UnitRecord:
     """True when the unit was taken over from the block pass instead of being optimized again."""
     returns: int = 0
     """Times that optimization went back some steps, as the loss was no longer finite, and on at a tenth of the rates."""
+    micro_batch: int | None = None
+    """Images that its steps worked on at a time, adding up to the same batch, where memory had no room for a batch."""
 
 
 @dataclass
