@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, Drop, WeightFakeQuantize
 from quiesce.recipe import ReconstructionRecipe
-from quiesce.reconstruct.optimize import Problem
+from quiesce.reconstruct.batches import Problem
 
 ZETA, GAMMA = 1.1, -0.1
 
@@ -116,7 +116,7 @@ class PlainLoop:
         self.recipe, self.steps, self.regularizer_weight = recipe, steps, weight
         self.module = plain(problem.module, recipe.drop_prob)
         self.quantized, self.float, self.targets = (
-            [t.contiguous() for t in tensors]
+            [t[: problem.images].contiguous() for t in tensors]
             for tensors in (problem.quantized_inputs, problem.float_inputs, problem.targets)
         )
         parts = list(self.module.modules())

@@ -33,12 +33,14 @@ from torch import Tensor, nn
 from plain_loop import PlainLoop
 from quiesce import Recipe
 from quiesce.demo import load_images, load_network
+from quiesce.memory import Memory
 from quiesce.outputs import write_text
 from quiesce.pipeline import Prepared, _job, prepare, regularizer_weight
 from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import Drop, restore
+from quiesce.reconstruct.batches import Batches, Problem
 from quiesce.reconstruct.loop import _Walk
-from quiesce.reconstruct.optimize import Learned, Problem, Step, _batch_order, optimize
+from quiesce.reconstruct.optimize import Learned, Step, _batch_order, optimize
 from quiesce.reconstruct.streams import Network
 from quiesce.result import hardware, versions
 
@@ -133,7 +135,7 @@ def measure_network(name: str, options: argparse.Namespace, record: dict[str, An
     times: dict[str, dict[str, list[float]]] = {v: {} for v in options.variants}
     peaks = dict.fromkeys(options.variants, 0.0)
     shares: dict[str, list[tuple[float, float]]] = {v: [] for v in options.variants}
-    walk = _Walk(_job(prepared, recipe))
+    walk = _Walk(_job(prepared, recipe, Memory()))
     for unit in prepared.modules:
         problem = walk._problem(unit)
         for variant in options.variants:
@@ -207,13 +209,13 @@ def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) 
     few = images[: 2 * settings.batch_size].double()
     prepared = prepare(copy.deepcopy(network).double(), few, recipe)
     weight = regularizer_weight(prepared.graph, recipe)
-    walk, rows = _Walk(_job(prepared, recipe)), []
+    walk, rows = _Walk(_job(prepared, recipe, Memory())), []
     for unit in prepared.modules:
         problem = walk._problem(unit)
         drop = Drop(settings.drop_prob, Draws(recipe.seed, problem.device)) if settings.drop_prob else None
         loop = PlainLoop(problem, settings, settings.steps, weight, drop)
         learned = Learned.attach(problem.module, settings, False, drop)
-        step, differences = Step(problem, settings, learned, drop, weight, settings.steps), []
+        step, differences = Step(problem, settings, learned, drop, weight, settings.steps, Batches(problem)), []
         for number, batch in enumerate(_batch_order(problem, CHECKED_STEPS, settings.batch_size, recipe.seed)):
             ours = step.take(number, batch).item()  # leaves the draws at this step
             differences.append(abs(loop.take(batch).item() - ours) / ours)
@@ -228,13 +230,13 @@ def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) 
 
 def time_caching(name: str, prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     """Time what units are fed, made as the references do, from the network's start for each, and carried along."""
-    job = _job(prepared, recipe)
+    job = _job(prepared, recipe, Memory())
     began = time.perf_counter()
     walk = _Walk(job)
     for unit in prepared.modules:
         walk.advance(unit.stop)
     carried = time.perf_counter() - began
-    network, batch = Network(prepared.graph), recipe.calibration_batch
+    network, batch = Network(prepared.graph, Memory()), recipe.calibration_batch
     began = time.perf_counter()
     for unit in prepared.modules:
         for quantized in (True, False):

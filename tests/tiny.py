@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from quiesce.graph.capture import interface_of
+from quiesce.memory import Memory
 from quiesce.oscillation.measure import ModuleLoss
 from quiesce.pipeline import Prepared, regularizer_weight
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.loop import Job
 from quiesce.reconstruct.streams import Network
-from quiesce.result import Result
+from quiesce.result import MemoryRecord, Result
 
 DURATIONS = ("seconds", "block_seconds", "reused_seconds")
 
@@ -125,9 +126,9 @@ def recipe(preset: str = "qdrop-fast", **settings: object) -> Recipe:
     return Recipe.preset(preset, **{**small, **settings})
 
 
-def job(prepared: Prepared, settings: Recipe) -> Job:
-    """What passes over ``prepared`` share."""
-    network = Network(prepared.graph)
+def job(prepared: Prepared, settings: Recipe, memory: Memory | None = None) -> Job:
+    """What passes over ``prepared`` share; streams are kept in ``memory``, with no limit by default."""
+    network = Network(prepared.graph, memory)
     flat = interface_of(prepared.graph).flatten(prepared.samples.args, prepared.samples.kwargs)
     return Job(
         network=network,
@@ -165,9 +166,11 @@ def same_state(first: dict[str, Tensor], second: dict[str, Tensor], *prefixes: s
 
 
 def without_times(result: Result) -> Result:
-    """The result with every duration set to 0 and no word of interruptions, to compare two runs."""
+    """The result with every duration set to 0 and no word of interruptions and memory, to compare two runs."""
     runs = []
     for run in result.runs:
         records = [dataclasses.replace(r, seconds=0.0, resumed=False) for r in run.unit_records]
-        runs.append(dataclasses.replace(run, unit_records=records, **dict.fromkeys(DURATIONS, 0.0)))
+        runs.append(
+            dataclasses.replace(run, unit_records=records, memory=MemoryRecord(), **dict.fromkeys(DURATIONS, 0.0))
+        )
     return dataclasses.replace(result, runs=runs)

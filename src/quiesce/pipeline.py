@@ -25,7 +25,7 @@ from quiesce.graph.attention import split_attention
 from quiesce.graph.backends import BACKENDS
 from quiesce.graph.bias import make_room_for_biases, round_biases
 from quiesce.graph.calibrate import calibrate
-from quiesce.graph.capture import capture, images_together, interface_of
+from quiesce.graph.capture import LARGEST_CLIP, capture, images_together, interface_of
 from quiesce.graph.fold import LeftBatchNorm, fold
 from quiesce.graph.layer_norm import LeftLayerNorm, reparameterize
 from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
@@ -38,8 +38,9 @@ from quiesce.graph.place import (
     layers_at_common_bits,
     never_quantized_layers,
 )
-from quiesce.graph.rewrite import follow_tensors
+from quiesce.graph.rewrite import device_of, follow_tensors
 from quiesce.graph.unit import Unit, boundary
+from quiesce.memory import SPARE, Memory, Peak, Stored, free_memory, parse_bytes
 from quiesce.oscillation.capacity import modcap
 from quiesce.oscillation.measure import ModuleLoss, summarize
 from quiesce.precision.assignment import Budget, MixedPrecision, mixed_precision
@@ -52,8 +53,12 @@ from quiesce.reconstruct.granular import Outcome, block_pass, check_granularity,
 from quiesce.reconstruct.journal import check_same_run, digest_of, digest_of_text, open_journal
 from quiesce.reconstruct.loop import Job, Pass, layer_pass, measure_pass
 from quiesce.reconstruct.losses import fisher_weights
+from quiesce.reconstruct.plan import Needs, Sizes, reserve
 from quiesce.reconstruct.streams import Network, Tensors
-from quiesce.result import Result, Run, hardware, versions
+from quiesce.result import MemoryRecord, Result, Run, hardware, versions
+
+SNAPSHOTS = 3
+"""States of all fake-quantizers that a run holds at a time: the calibrated one, and those of two passes."""
 
 
 class QuantizedModel(nn.Module):
@@ -197,6 +202,7 @@ def quantize(
     *,
     evaluate: object = None,
     device: torch.device | str | None = None,
+    memory: int | str | None = None,
     progress: ProgressCallback | None = None,
     name: str | None = None,
     preprocessing: dict[str, Any] | None = None,
@@ -210,6 +216,9 @@ def quantize(
             pairs, or dicts of keyword arguments, such as a DataLoader.
         evaluate: data of the same kinds, with labels if top-1 is wanted; None measures no accuracy.
         device: where to work; None is the model's device.
+        memory: what may be taken on the device, in bytes or such as ``"4GB"``: what has no room is kept on the host or
+            in temporary files. Tensors of images that are given here are not counted: they stay where they are. None
+            takes most of what is free.
         progress: called as ``progress(stage, steps_done, steps_planned)``.
         name: the model's name in the result; None is its class.
         preprocessing: kept with the network, for who loads it.
@@ -224,7 +233,7 @@ def quantize(
     if progress_folder is not None:
         where = torch.device(device) if device is not None else _device_of(model)
         check_same_run(Path(progress_folder), _settings(recipe, where))
-    prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, name=name)
+    prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, memory=memory, name=name)
     runs, _ = run(prepared, recipe, progress=progress, progress_folder=progress_folder)
     return QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, preprocessing)
 
@@ -251,6 +260,8 @@ class Prepared:
     """Layers with weights that stay float, with the reason of each."""
     seconds: float
     device: torch.device
+    memory: int | None = None
+    """Bytes that reconstruction may take on the device; None: most of what is free."""
 
     def network(self, recipe: Recipe) -> fx.GraphModule:
         """Return the network in its present state as the recipe's backend runs it: with integer biases if it has them.
@@ -279,6 +290,7 @@ def prepare(
     *,
     evaluate: object = None,
     device: torch.device | str | None = None,
+    memory: int | str | None = None,
     name: str | None = None,
     holdout: int | None = None,
 ) -> Prepared:
@@ -288,12 +300,16 @@ def prepare(
     """
     began = time.perf_counter()
     where = torch.device(device) if device is not None else _device_of(model)
-    samples = gather(calibration, "calibration").to(where)
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    in_file = budget is not None and where.type == "cpu"
+    samples = gather(calibration, "calibration", in_file=in_file)
     holdout = _holdout(recipe, len(samples)) if holdout is None else holdout
     _check_batch(recipe, len(samples) - holdout)
     captured = _captured(model, samples, where)
-    together = images_together(captured, samples)
+    together = images_together(captured, samples.select(slice(LARGEST_CLIP)).to(where))
     _check_together(together, recipe, {"calibration images": len(samples) - holdout, "held-out images": holdout})
+    network = Network(captured, _memory(captured, where, budget, recipe), together)
+    recipe = replace(recipe, calibration_batch=network.images_at_a_time(recipe.calibration_batch))
     folded, left = fold(captured)
     folded, left_norms = _reparameterized(split_attention(folded), samples, recipe)
     graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
@@ -301,11 +317,12 @@ def prepare(
     modules = partition(graph, "block")
     if recipe.granularity is not None:
         check_granularity([m.name for m in modules], recipe.granularity)
+    _check_memory(graph, modules, where, budget, recipe, together)
     calibrate(graph, samples, recipe)
     if BACKENDS[recipe.backend].integer_bias:
         make_room_for_biases(graph)
         end_grids_at_bounds(graph)
-    evaluation = None if evaluate is None else gather(evaluate, "evaluation").to(where)
+    evaluation = None if evaluate is None else gather(evaluate, "evaluation", in_file=in_file)
     reference = metrics = None
     if evaluation is not None:
         check_like(evaluation, samples, "evaluation")
@@ -329,6 +346,7 @@ def prepare(
         float_layers=_left_float(folded, recipe),
         seconds=time.perf_counter() - began,
         device=where,
+        memory=budget,
     )
 
 
@@ -349,25 +367,36 @@ def run(
         The runs, the asked-for one last, and its pass.
     """
     restore(prepared.graph, prepared.initial)
+    memory = _memory(prepared.graph, prepared.device, prepared.memory, recipe)
+    with Peak(prepared.device) as peak:
+        runs, kept = _run(prepared, recipe, memory, block, Progress(progress), progress_folder)
+    record = MemoryRecord(
+        memory.budget, memory.reserved, memory.most["device"], memory.most["host"], memory.most["file"], peak.bytes
+    )
+    return [replace(made, memory=record) for made in runs], kept
+
+
+def _run(
+    prepared: Prepared,
+    recipe: Recipe,
+    memory: Memory,
+    block: Pass | None,
+    counter: Progress,
+    progress_folder: Path | str | None,
+) -> tuple[list[Run], Pass]:
     if recipe.reconstruction is None or recipe.granularity is None:
-        measured = measure_pass(_job(prepared, recipe))
+        measured = measure_pass(_job(prepared, recipe, memory))
         return [_report(prepared, recipe, measured, measured.seconds)], measured
-    job = _job(prepared, recipe)
+    job = _job(prepared, recipe, memory)
     if progress_folder is None:
-        return _reconstruct(prepared, recipe, recipe.granularity, job, block, progress)
+        return _reconstruct(prepared, recipe, recipe.granularity, job, block, counter)
     with open_journal(Path(progress_folder), _identity(prepared, job, block)) as journal:
-        return _reconstruct(prepared, recipe, recipe.granularity, replace(job, journal=journal), block, progress)
+        return _reconstruct(prepared, recipe, recipe.granularity, replace(job, journal=journal), block, counter)
 
 
 def _reconstruct(
-    prepared: Prepared,
-    recipe: Recipe,
-    granularity: GranularityRecipe,
-    job: Job,
-    block: Pass | None,
-    progress: ProgressCallback | None,
+    prepared: Prepared, recipe: Recipe, granularity: GranularityRecipe, job: Job, block: Pass | None, counter: Progress
 ) -> tuple[list[Run], Pass]:
-    counter = Progress(progress)
     if granularity.method == "layer":
         done = layer_pass(job, partition(prepared.graph, "layer"), counter)
         return [_report(prepared, recipe, done, done.seconds)], done
@@ -515,7 +544,7 @@ def _sensitivity(
     prepared = prepare(
         model, samples.select(slice(first)), replace(recipe, granularity=None, reconstruction=None), device=device
     )
-    held = samples.select(slice(first, None)).to(prepared.device)
+    held = samples.select(slice(first, None))
     _check_together(prepared.together, recipe, {"held-out images": len(held)})
     layers, passes = layer_sensitivities(
         prepared.graph, _inputs(Network(prepared.graph), held), recipe, bits, Progress(progress)
@@ -596,6 +625,7 @@ def _identity(prepared: Prepared, job: Job, block: Pass | None) -> dict[str, Any
     return {
         **_settings(job.recipe, prepared.device),
         "fused kernels": job.fused,
+        "memory": prepared.memory,
         "model": {"structure": digest_of_text(prepared.graph.code), "tensors": digest_of(tensors)},
         "calibration": {
             "images": len(prepared.samples),
@@ -617,12 +647,15 @@ def _settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _job(prepared: Prepared, recipe: Recipe) -> Job:
-    network = Network(prepared.graph)
+def _job(prepared: Prepared, recipe: Recipe, memory: Memory) -> Job:
+    network = Network(prepared.graph, memory, prepared.together)
     inputs = _inputs(network, prepared.samples)
     reconstruction = recipe.reconstruction
     fisher = None
     if reconstruction is not None and reconstruction.fisher:
+        # Room for the work on units is kept before Fisher weights take any.
+        needs = [Needs.of(network, module) for module in prepared.modules]
+        reserve(network.memory, needs, Sizes.of(recipe, prepared.together))
         generator = torch.Generator().manual_seed(recipe.seed)
         names = {
             n
@@ -644,15 +677,39 @@ def _job(prepared: Prepared, recipe: Recipe) -> Job:
     )
 
 
+def _memory(graph: fx.GraphModule, device: torch.device, budget: int | None, recipe: Recipe) -> Memory:
+    """What a run may take: a stated budget, of which the network has its part, or most of what is free."""
+    host, narrow = _most_of(free_memory(torch.device("cpu"))), recipe.stream_dtype == "bf16"
+    if budget is None:
+        return Memory(device, _most_of(free_memory(device)), host, narrow=narrow)
+    memory = Memory(device, budget, host, stated=True, narrow=narrow)
+    state = sum(t.nbytes for quantizer in fake_quantizers(graph).values() for t in quantizer.buffers())
+    memory.hold("device", sum(t.nbytes for t in graph.buffers()) + SNAPSHOTS * state)
+    return memory
+
+
+def _check_memory(
+    graph: fx.GraphModule, modules: list[Unit], device: torch.device, budget: int | None, recipe: Recipe, together: int
+) -> None:
+    """Raise what a walk over the modules would raise for lack of memory, before anything slow is done."""
+    network = Network(graph, _memory(graph, device, budget, recipe))
+    reserve(network.memory, [Needs.of(network, module) for module in modules], Sizes.of(recipe, together))
+
+
+def _most_of(free: int | None) -> int | None:
+    return None if free is None else int((1 - SPARE) * free)
+
+
 def _inputs(network: Network, samples: Samples) -> Tensors:
-    """Return the samples by the names of the network's inputs."""
+    """Return the samples by the names of the network's inputs, where they are: they are moved when they are read."""
     flat = interface_of(network.gm).flatten(samples.args, samples.kwargs)
-    return {name: _laid_out(tensor) for name, tensor in zip(network.inputs, flat, strict=True)}
+    device = network.memory.device
+    return {name: Stored(t, device, t.dtype, _layout(t)) for name, t in zip(network.inputs, flat, strict=True)}
 
 
-def _laid_out(tensor: Tensor) -> Tensor:
+def _layout(tensor: Tensor) -> torch.memory_format:
     """Images with channels last in memory: convolutions, depthwise ones above all, are several times faster so."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+    return torch.channels_last if tensor.ndim == 4 else torch.preserve_format
 
 
 def _finest(recipe: Recipe) -> str:
@@ -672,7 +729,7 @@ def regularizer_weight(graph: fx.GraphModule, recipe: Recipe) -> float:
 
 def _outputs(graph: fx.GraphModule, samples: Samples, batch: int) -> list[Tensor]:
     flat = interface_of(graph).flatten
-    return outputs_of(lambda *a, **k: graph(*flat(a, k)), samples, batch)
+    return outputs_of(lambda *a, **k: graph(*flat(a, k)), samples, batch, device_of(graph))
 
 
 def _report(prepared: Prepared, recipe: Recipe, done: Pass, seconds: float) -> Run:

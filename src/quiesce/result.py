@@ -37,6 +37,26 @@ class UnitRecord:
     """Times that it went back some steps, as the loss was no longer finite, and on at a tenth of the rates."""
     resumed: bool = False
     """True when the unit was optimized before the run was interrupted and begun again."""
+    micro_batch: int | None = None
+    """Images that its steps worked on at a time, adding up to the same batch, where memory had no room for a batch."""
+
+
+@dataclass
+class MemoryRecord:
+    """Memory that a run was given and took on its device, in bytes. All passes of a run share one record."""
+
+    budget: int | None = None
+    """What was stated, or most of what was free; None where the system does not say."""
+    working: int = 0
+    """The part that was kept for computing."""
+    device: int = 0
+    """The most that was kept at a time: streams, Fisher weights, and with a stated budget the network."""
+    host: int = 0
+    """The most that was kept in host memory, where the device is another one."""
+    file: int = 0
+    """The most that was kept in temporary files."""
+    peak: int | None = None
+    """The most that was measured, above what was taken when the run began; None where it can't be."""
 
 
 @dataclass
@@ -83,6 +103,7 @@ class Run:
     """Wall time of the block pass that this run relied on, part of ``seconds``; 0 if it needed none."""
     reused_seconds: float = 0.0
     """Optimization time saved by taking units over from the block pass."""
+    memory: MemoryRecord = field(default_factory=MemoryRecord)
 
 
 @dataclass
@@ -179,7 +200,8 @@ def _misfits(value: Any, kind: Any, path: str) -> Iterator[str]:
 
 
 def _run(data: dict[str, Any]) -> Run:
-    return Run(**{**data, "unit_records": [UnitRecord(**u) for u in data["unit_records"]]})
+    records = [UnitRecord(**u) for u in data["unit_records"]]
+    return Run(**{**data, "unit_records": records, "memory": MemoryRecord(**data.get("memory", {}))})
 
 
 def versions() -> dict[str, str]:

@@ -20,8 +20,9 @@ from quiesce.quant.fake_quantize import (
 )
 from quiesce.quant.rounding import ROUNDINGS
 from quiesce.recipe import PRESETS, ReconstructionRecipe
+from quiesce.reconstruct.batches import Problem
 from quiesce.reconstruct.losses import squared_error
-from quiesce.reconstruct.optimize import Problem, optimize
+from quiesce.reconstruct.optimize import optimize
 from quiesce.reconstruct.streams import Network, Streams
 
 LEARNING = sorted(name for name, row in PRESETS.items() if row.reconstruction is not None)
@@ -37,6 +38,7 @@ def problem_of(prepared: Prepared, index: int) -> Problem:
     targets = streams.targets(network, module.stop, 64)
     return Problem(
         module=extract(network.gm, network.nodes, module.start, module.stop),
+        images=len(prepared.samples),
         quantized_inputs=[streams.quantized[n] for n in ends.inputs],
         float_inputs=[streams.float[n] for n in ends.inputs],
         targets=[targets[n] for n in ends.outputs],

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
-from quiesce.errors import ModelError
+from quiesce.errors import MemoryLimitError, ModelError
 from quiesce.graph.unit import Unit, boundary, extract
+from quiesce.memory import halved, is_out_of_memory
 from quiesce.oscillation.granularity import Groups
 from quiesce.oscillation.measure import ModuleLoss, module_loss
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore, snapshot
 from quiesce.recipe import Recipe, ReconstructionRecipe
+from quiesce.reconstruct.batches import Problem
 from quiesce.reconstruct.guard import Guard, Trial
 from quiesce.reconstruct.journal import Journal
-from quiesce.reconstruct.optimize import Course, Problem, optimize
+from quiesce.reconstruct.optimize import Course, optimize
+from quiesce.reconstruct.plan import Needs, Sizes, reserve, step_images
 from quiesce.reconstruct.streams import Network, Streams, Tensors
 from quiesce.result import UnitRecord
 
@@ -50,6 +53,14 @@ class Job:
         """Return seconds, of which differences count: a unit that is taken over takes what it took at its time."""
         return time.perf_counter() + (0.0 if self.journal is None else self.journal.seconds)
 
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes.of(self.recipe, self.together)
+
+    def make_room(self, units: Iterable[Unit]) -> None:
+        """Keep memory for work on any of ``units``; raises ``MemoryLimitError`` if a stated budget does not suffice."""
+        reserve(self.network.memory, [Needs.of(self.network, unit) for unit in units], self.sizes)
+
     def learns(self, unit: Unit) -> bool:
         """False for a unit that is left float: it has nothing to optimize."""
         return self.network.learns(unit.start, unit.stop, self.reconstruction.learn_step_sizes)
@@ -76,6 +87,7 @@ class Pass:
 def measure_pass(job: Job) -> Pass:
     """Measure the network as it is now, optimizing nothing."""
     began = job.clock()
+    job.make_room(job.modules)
     walk = _Walk(job)
     for module in job.modules:
         walk.advance(module.stop)
@@ -87,6 +99,7 @@ def layer_pass(job: Job, layers: Sequence[Unit], progress: Progress) -> Pass:
     began = job.clock()
     steps = [job.reconstruction.steps * job.learns(layer) for layer in layers]
     progress.plan(sum(steps))
+    job.make_room(layers)
     restore(job.network.gm, job.initial)
     walk = _Walk(job)
     records = [
@@ -107,6 +120,7 @@ def module_pass(
     """
     began = job.clock()
     walk = _GroupWalk(job, progress, previous, guard)
+    job.make_room(walk.unit(group) for group in groups)
     restore(job.network.gm, job.initial if previous is None else previous.state)
     for position, group in enumerate(groups):
         walk.plan(groups[position:])
@@ -139,6 +153,7 @@ class _Walk:
                         "check the network on them, and its normalization of inputs."
                     )
                 self.losses.append(loss)
+        network.memory.trim()
 
     def optimize(self, unit: Unit, names: list[str], steps: int, warm: bool, progress: Progress) -> UnitRecord:
         """Optimize the unit that starts here, for no steps if it has nothing to learn, and move behind it.
@@ -152,8 +167,9 @@ class _Walk:
         record = None if journal is None else journal.take_over(module, extent)
         if record is None:
             began = time.perf_counter()
-            course = self._learn(unit, steps, warm, progress) if steps else Course([])
-            record = UnitRecord(names, steps, time.perf_counter() - began, course.curve, returns=course.returns)
+            course, images = self._learn(unit, steps, warm, progress) if steps else (Course([]), None)
+            seconds = time.perf_counter() - began
+            record = UnitRecord(names, steps, seconds, course.curve, returns=course.returns, micro_batch=images)
             if journal is not None:
                 journal.commit(module, extent, record)
         else:
@@ -161,10 +177,36 @@ class _Walk:
         self.advance(unit.stop)
         return record
 
-    def _learn(self, unit: Unit, steps: int, warm: bool, progress: Progress) -> Course:
+    def _learn(self, unit: Unit, steps: int, warm: bool, progress: Progress) -> tuple[Course, int | None]:
+        """Optimize on as many images at a time as memory has room for, and tell how many if that is not a batch."""
+        job, memory = self.job, self.job.network.memory
+        problem = self._problem(unit)
+        before, batch = snapshot(problem.module), job.reconstruction.batch_size
+        images = step_images(memory, Needs.of(job.network, unit), job.sizes)
+        while True:
+            done = progress.done
+            try:
+                course = self._optimize(problem, unit, steps, warm, progress, images)
+                return course, None if images == batch else images
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if images <= job.together:
+                    raise MemoryLimitError(
+                        f"unit {unit.name} does not fit the memory of {memory.device}, even at {images} images at a "
+                        "time; free some, or choose smaller units."
+                    ) from error
+            # Outside of the handler, where nothing holds the tensors of the failed step any more.
+            images = halved(images, job.together)
+            restore(problem.module, before)
+            progress.plan(progress.done - done)
+
+    def _optimize(
+        self, problem: Problem, unit: Unit, steps: int, warm: bool, progress: Progress, micro_batch: int
+    ) -> Course:
         job = self.job
         return optimize(
-            self._problem(unit),
+            problem,
             job.reconstruction,
             steps=steps,
             regularizer_weight=job.regularizer_weight,
@@ -173,13 +215,13 @@ class _Walk:
             seed=(job.recipe.seed * 1_000_003 + unit.start) % 2**63,
             on_step=progress.tick,
             fused=job.fused,
+            micro_batch=micro_batch,
         )
 
     def _problem(self, unit: Unit) -> Problem:
-        job, network, images = self.job, self.job.network, self.job.images
+        job, network = self.job, self.job.network
         ends = boundary(network.nodes, unit.start, unit.stop)
-        feed = {name: t[:images] for name, t in self.streams.float.items()}
-        wanted = network.run(unit.start, unit.stop, feed, job.recipe.calibration_batch, quantized=False)
+        wanted = self.streams.targets(network, unit.stop, job.recipe.calibration_batch)
         # Masks and indices have no gradient.
         outputs = [name for name in ends.outputs if wanted[name].is_floating_point()]
         if not outputs:
@@ -187,16 +229,19 @@ class _Walk:
                 f"unit {unit.name} returns no floating-point tensor, so there is nothing to compare; "
                 "let the network return what it computes its choice (argmax, comparison) from."
             )
-        quantized = [self.streams.quantized[name][:images] for name in ends.inputs]
-        # Inputs that both streams share, and masks and indices, are not mixed by QDrop's drop.
-        whole = [(self.streams.quantized[name], self.streams.float[name]) for name in ends.inputs]
-        same = [q is f or not q.is_floating_point() for q, f in whole]
+        quantized = [self.streams.quantized[name] for name in ends.inputs]
+        # Masks and indices are not mixed by QDrop's drop, nor are inputs that both streams share.
+        float_inputs = [
+            self.streams.float[name] if q.is_floating_point() else q
+            for name, q in zip(ends.inputs, quantized, strict=True)
+        ]
         return Problem(
             module=_returning(extract(network.gm, network.nodes, unit.start, unit.stop), outputs),
+            images=job.images,
             quantized_inputs=quantized,
-            float_inputs=[q if s else feed[n] for n, q, s in zip(ends.inputs, quantized, same, strict=True)],
+            float_inputs=float_inputs,
             targets=[wanted[name] for name in outputs],
-            weights=None if job.fisher is None else [job.fisher[name][:images] for name in outputs],
+            weights=None if job.fisher is None else [job.fisher[name] for name in outputs],
             together=job.together,
             name=unit.name,
         )
@@ -249,12 +294,12 @@ class _GroupWalk(_Walk):
     def _reuse(self, group: list[int]) -> None:
         assert self.previous is not None
         record = self.previous.records[self.previous.groups.index(group)]
-        self.advance(self._unit(group).stop)
+        self.advance(self.unit(group).stop)
         self._keep(group, replace(record, reused=True))
 
     def _reconstruct(self, group: list[int]) -> None:
         """Optimize a group on the streams as they are; a merged unit starts from the previous pass if it may."""
-        unit = self._unit(group)
+        unit = self.unit(group)
         granularity = self.job.recipe.granularity
         warm = len(group) > 1 and self.previous is not None and granularity is not None and granularity.warm_start
         start = self.previous.state if warm and self.previous is not None else self.job.initial
@@ -265,7 +310,7 @@ class _GroupWalk(_Walk):
     def _try(self, group: list[int]) -> None:
         """Optimize a merged unit, and keep it only if the guard finds the network closer to its float self."""
         assert self.previous is not None and self.guard is not None
-        before, unit = self.streams, self._unit(group)
+        before, unit = self.streams, self.unit(group)
         held = len(self.losses)
         restore(extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop), self.previous.state)
         unmerged = self.guard.error_behind(before, unit.stop)
@@ -294,7 +339,7 @@ class _GroupWalk(_Walk):
         per_module = granularity is not None and granularity.steps_per_module
         return self.job.reconstruction.steps * (learning if per_module else min(learning, 1))
 
-    def _unit(self, group: list[int]) -> Unit:
+    def unit(self, group: list[int]) -> Unit:
         first, last = self.job.modules[group[0]], self.job.modules[group[-1]]
         layers = tuple(layer for i in group for layer in self.job.modules[i].layers)
         return Unit(" + ".join(self._names(group)), first.start, last.stop, layers)

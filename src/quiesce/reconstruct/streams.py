@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
+from quiesce.graph.rewrite import device_of
 from quiesce.graph.unit import boundary, compute_nodes, extract
+from quiesce.memory import Memory, Rows, halved, is_out_of_memory
+from quiesce.oscillation.measure import squares
 from quiesce.quant.fake_quantize import WeightFakeQuantize, float_mode
 
-Tensors = dict[str, Tensor]
-"""Tensors [images, ...] by node name."""
+Tensors = Mapping[str, Rows]
+"""Tensors [images, ...] by node name, wherever they are."""
+
+
+TEMPORARIES = 4
+"""Tensors as large as its result that a node takes at most while it runs, this one included (a fake-quantizer does)."""
 
 
 class Network:
     """The captured network as a sequence of stretches that can be run one after another."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, memory: Memory | None = None, together: int = 1) -> None:
+        """What runs give is kept where ``memory`` has room; None: on the network's device.
+
+        Batches are multiples of ``together`` images.
+        """
         self.gm = gm
+        self.memory = memory or Memory(device_of(gm) or torch.device("cpu"))
+        self.together = together
         self.nodes = compute_nodes(gm)
         self.inputs = tuple(n.name for n in gm.graph.nodes if n.op == "placeholder")
         output = next(n for n in gm.graph.nodes if n.op == "output")
@@ -26,6 +42,9 @@ class Network:
         self.executions = 0
         """Nodes run so far, a batch counted once: shows that cost grows linearly with depth."""
         self._last_use = self._find_last_use()
+        placed = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self._values = {n.name: n.meta.get("val") for n in (*placed, *self.nodes)}
+        self._captured_images = _hint(self._values[placed[0].name].shape[0])
 
     def _find_last_use(self) -> dict[str, int]:
         last: dict[str, int] = {}
@@ -33,6 +52,39 @@ class Network:
             for source in node.all_input_nodes:
                 last[source.name] = i
         return last | dict.fromkeys(self.outputs, len(self.nodes))
+
+    def last_use(self, name: str) -> int:
+        """Return the position of the last node that reads ``name``, -1 if none does, the end for an output."""
+        return self._last_use.get(name, -1)
+
+    def dtype(self, name: str) -> torch.dtype:
+        value: Tensor = self._values[name]
+        return value.dtype
+
+    def row_bytes(self, names: Iterable[str]) -> int:
+        """Return the bytes for one image of the tensors that these nodes make."""
+        return sum(
+            math.prod(map(_hint, t.shape)) * t.dtype.itemsize // self._captured_images
+            for name in names
+            for t in pytree.tree_leaves(self._values[name])
+            if isinstance(t, Tensor)
+        )
+
+    def images_at_a_time(self, batch: int, start: int = 0, stop: int | None = None) -> int:
+        """Return ``batch``, or so many images fewer that memory suffices to run ``[start, stop)`` on them."""
+        each = self.forward_bytes(start, self.end if stop is None else stop)
+        return self.memory.at_a_time(batch, each, 0, self.together)
+
+    def forward_bytes(self, start: int, stop: int) -> int:
+        """Return the bytes for one image that a forward pass of ``[start, stop)`` takes at most at a time."""
+        alive = {name: self.row_bytes([name]) for name in boundary(self.nodes, start, stop).inputs}
+        most = 0
+        for position in range(start, stop):
+            made = self.row_bytes([self.nodes[position].name])
+            most = max(most, sum(alive.values()) + TEMPORARIES * made)
+            alive[self.nodes[position].name] = made
+            alive = {n: size for n, size in alive.items() if self.last_use(n) > position}
+        return most
 
     @property
     def end(self) -> int:
@@ -53,27 +105,42 @@ class Network:
         """Run the stretch ``[start, stop)`` on ``tensors`` in batches; return what is alive behind it."""
         module = extract(self.gm, self.nodes, start, stop)
         ends = boundary(self.nodes, start, stop)
-        images = next(iter(tensors.values())).shape[0]
-        made: dict[str, list[Tensor]] = {name: [] for name in ends.outputs}
-        for first in range(0, images, batch):
-            self.executions += stop - start
+        images = len(next(iter(tensors.values())))
+        made: dict[str, Rows] = {}
+        first = 0
+        batch = self.images_at_a_time(batch, start, stop)
+        while first < images:
             inputs = [tensors[name][first : first + batch] for name in ends.inputs]
-            for name, value in zip(ends.outputs, _forward(module, inputs, quantized), strict=True):
-                made[name].append(value)
-        alive = {name: t for name, t in tensors.items() if self._last_use.get(name, -1) >= stop}
-        return alive | {name: torch.cat(parts) for name, parts in made.items()}
+            try:
+                outputs = _forward(module, inputs, quantized)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or batch <= self.together:
+                    raise
+                batch = halved(batch, self.together)
+                continue
+            for name, values in zip(ends.outputs, outputs, strict=True):
+                if name not in made:
+                    made[name] = self.memory.room(values, images * len(values) // min(batch, images))
+                at = first * len(made[name]) // images  # of a clip as a whole there are fewer rows than images
+                made[name][at : at + len(values)] = values
+            self.executions += stop - start
+            first += batch
+        alive = {name: t for name, t in tensors.items() if self.last_use(name) >= stop}
+        return alive | made
 
     def output_error(self, outputs: Tensors, reference: Tensors) -> float:
         """Return E‖ŷ − y‖² / E‖y‖² of the network's ``outputs`` against ``reference`` (E‖ŷ − y‖² where y is all zeros).
 
         It is the inverse of the outputs' signal-to-noise ratio.
         """
-        noise = energy = 0.0
-        for name in self.outputs:
-            target = reference[name].to(torch.float64)
-            noise += (outputs[name].to(torch.float64) - target).square().sum().item()
-            energy += target.square().sum().item()
+        sums = [squares(outputs[name], reference[name]) for name in self.outputs]
+        noise, energy = sum(n for n, _ in sums), sum(e for _, e in sums)
         return noise / energy if energy > 0 else noise
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """The size that a dimension had when the network was captured."""
+    return size if isinstance(size, int) else int(size.node.hint)  # type: ignore[arg-type]
 
 
 def _forward(module: fx.GraphModule, inputs: list[Tensor], quantized: bool) -> tuple[Tensor, ...]:
@@ -92,16 +159,24 @@ class Streams:
     position: int
     float: Tensors
     quantized: Tensors
+    _ahead: Streams | None = None
+    """The float stream further on, if it was asked for (its quantized one is empty)."""
 
     @classmethod
     def at_input(cls, tensors: Tensors) -> Streams:
         return cls(0, dict(tensors), dict(tensors))
 
     def targets(self, network: Network, stop: int, batch: int) -> Tensors:
-        """Return the float stream behind the stretch from here to ``stop``."""
-        return network.run(self.position, stop, self.float, batch, quantized=False)
+        """Return the float stream behind the stretch from here to ``stop``; :meth:`advance` will not run it again."""
+        if self._ahead is None or self._ahead.position != stop:
+            self._ahead = None  # freed first
+            self._ahead = Streams(stop, network.run(self.position, stop, self.float, batch, quantized=False), {})
+        return self._ahead.float
 
     def advance(self, network: Network, stop: int, batch: int) -> Streams:
         """Return the streams at ``stop``: the quantized one with the rounding and step sizes as they are now."""
         quantized = network.run(self.position, stop, self.quantized, batch, quantized=True)
-        return Streams(stop, self.targets(network, stop, batch), quantized)
+        ahead = self._ahead if self._ahead is not None and self._ahead.position >= stop else None
+        if ahead is not None and ahead.position == stop:
+            return Streams(stop, ahead.float, quantized)
+        return Streams(stop, network.run(self.position, stop, self.float, batch, quantized=False), quantized, ahead)
