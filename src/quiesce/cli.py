@@ -66,6 +66,10 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that quant
 Out = Annotated[Path, _option("Folder for the results; made by this command.", "DIR")]
 Force = Annotated[bool, _option("Replace earlier results in the output folder.", None, "--force")]
 Restart = Annotated[bool, _option("Throw an interrupted run's progress away instead of going on.", None, "--restart")]
+Compile = Annotated[
+    bool | None,
+    _option("Compile the elementwise maths of steps.", None, "--compile/--no-compile", show_default="when it pays"),
+]
 Seed = Annotated[int, _option("Seed of everything random.", "N", min=0)]
 Device = Annotated[str | None, _option("Such as cuda:1.", "NAME", show_default="cuda if there is one, else cpu")]
 Calibration = Annotated[str, _option(f"Images to fit on, labels unused: {_DATA}.", "DATA")]
@@ -302,6 +306,7 @@ def quantize(
     memory: MemoryBudget = None,
     force: Force = False,
     restart: Restart = False,
+    compile_steps: Compile = None,
 ) -> None:
     """Quantize MODEL, and write the network, its result, its recipe and a report to a folder.
 
@@ -367,6 +372,7 @@ def quantize(
                 name=loaded.name,
                 preprocessing=None if preprocessing is None else preprocessing.to_dict(),
                 progress_folder=kept,
+                fused=compile_steps,
             )
         with output_folder(out, force=force) as folder:
             quantized.save(folder)

@@ -46,6 +46,7 @@ from quiesce.oscillation.measure import ModuleLoss, summarize
 from quiesce.precision.assignment import Budget, MixedPrecision, mixed_precision
 from quiesce.precision.sensitivity import Sensitivity, layer_sensitivities
 from quiesce.progress import Progress, ProgressCallback
+from quiesce.quant import kernels
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers, float_mode, restore, snapshot
 from quiesce.recipe import BACKENDS as BACKEND_DEMANDS
 from quiesce.recipe import GranularityRecipe, Recipe, check_bits
@@ -57,6 +58,8 @@ from quiesce.reconstruct.plan import Needs, Sizes, reserve
 from quiesce.reconstruct.streams import Network, Tensors
 from quiesce.result import MemoryRecord, Result, Run, hardware, versions
 
+FUSED_STEPS = 5000
+"""Steps of all units from which on compiling kernels, some 20 seconds, pays even on a small network."""
 SNAPSHOTS = 3
 """States of all fake-quantizers that a run holds at a time: the calibrated one, and those of two passes."""
 
@@ -207,6 +210,7 @@ def quantize(
     name: str | None = None,
     preprocessing: dict[str, Any] | None = None,
     progress_folder: Path | str | None = None,
+    fused: bool | None = None,
 ) -> QuantizedModel:
     """Quantize ``model`` as ``recipe`` says.
 
@@ -225,6 +229,8 @@ def quantize(
         progress_folder: where finished units are kept, so that the same call, made again after an interruption, goes on
             behind them to the same result, bit for bit (docs/resume.md). It stays when all is done: remove it once the
             result is safe. None keeps nothing.
+        fused: run the elementwise maths of steps as compiled kernels; None does where there is a compiler, and steps
+            enough to pay for compiling. Results differ by rounding.
 
     Raises:
         QuiesceError: one sentence on what is wrong with the model, the data or the recipe, or that ``progress_folder``
@@ -234,7 +240,7 @@ def quantize(
         where = torch.device(device) if device is not None else _device_of(model)
         check_same_run(Path(progress_folder), _settings(recipe, where))
     prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, memory=memory, name=name)
-    runs, _ = run(prepared, recipe, progress=progress, progress_folder=progress_folder)
+    runs, _ = run(prepared, recipe, progress=progress, progress_folder=progress_folder, fused=fused)
     return QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, preprocessing)
 
 
@@ -357,11 +363,13 @@ def run(
     block: Pass | None = None,
     progress: ProgressCallback | None = None,
     progress_folder: Path | str | None = None,
+    fused: bool | None = None,
 ) -> tuple[list[Run], Pass]:
     """Reconstruct the prepared network as ``recipe`` says and leave it in the state that was kept.
 
     ``block`` is a block pass of the same prepared network and the same reconstruction settings; without it one is
-    made when needed, and reported as a run of its own in front. ``progress_folder`` is as for :func:`quantize`.
+    made when needed, and reported as a run of its own in front. ``progress_folder`` and ``fused``
+    are as for :func:`quantize`.
 
     Returns:
         The runs, the asked-for one last, and its pass.
@@ -369,25 +377,25 @@ def run(
     restore(prepared.graph, prepared.initial)
     memory = _memory(prepared.graph, prepared.device, prepared.memory, recipe)
     with Peak(prepared.device) as peak:
-        runs, kept = _run(prepared, recipe, memory, block, Progress(progress), progress_folder)
+        job = _job(prepared, recipe, memory, fused)
+        runs, kept = _run(prepared, recipe, job, block, Progress(progress), progress_folder)
     record = MemoryRecord(
         memory.budget, memory.reserved, memory.most["device"], memory.most["host"], memory.most["file"], peak.bytes
     )
-    return [replace(made, memory=record) for made in runs], kept
+    return [replace(made, memory=record, kernels=job.kernels) for made in runs], kept
 
 
 def _run(
     prepared: Prepared,
     recipe: Recipe,
-    memory: Memory,
+    job: Job,
     block: Pass | None,
     counter: Progress,
     progress_folder: Path | str | None,
 ) -> tuple[list[Run], Pass]:
     if recipe.reconstruction is None or recipe.granularity is None:
-        measured = measure_pass(_job(prepared, recipe, memory))
+        measured = measure_pass(job)
         return [_report(prepared, recipe, measured, measured.seconds)], measured
-    job = _job(prepared, recipe, memory)
     if progress_folder is None:
         return _reconstruct(prepared, recipe, recipe.granularity, job, block, counter)
     with open_journal(Path(progress_folder), _identity(prepared, job, block)) as journal:
@@ -624,7 +632,7 @@ def _identity(prepared: Prepared, job: Job, block: Pass | None) -> dict[str, Any
     tensors = {name: getattr(prepared.graph, name) for name in names}
     return {
         **_settings(job.recipe, prepared.device),
-        "fused kernels": job.fused,
+        "fused kernels": job.kernels == "fused",
         "memory": prepared.memory,
         "model": {"structure": digest_of_text(prepared.graph.code), "tensors": digest_of(tensors)},
         "calibration": {
@@ -647,7 +655,7 @@ def _settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _job(prepared: Prepared, recipe: Recipe, memory: Memory) -> Job:
+def _job(prepared: Prepared, recipe: Recipe, memory: Memory, fused: bool | None = False) -> Job:
     network = Network(prepared.graph, memory, prepared.together)
     inputs = _inputs(network, prepared.samples)
     reconstruction = recipe.reconstruction
@@ -674,7 +682,23 @@ def _job(prepared: Prepared, recipe: Recipe, memory: Memory) -> Job:
         reconstruction=reconstruction,  # type: ignore[arg-type]
         regularizer_weight=regularizer_weight(prepared.graph, recipe),
         fisher=fisher,
+        kernels=_kernels(prepared, recipe, fused),
     )
+
+
+def _kernels(prepared: Prepared, recipe: Recipe, fused: bool | None) -> str:
+    """Return "fused" if steps are to run compiled kernels, else "eager" with the reason."""
+    if recipe.reconstruction is None:
+        return "eager: nothing is optimized"
+    if fused is False:
+        return "eager: asked for"
+    steps = recipe.reconstruction.steps * len(prepared.modules)
+    if fused is None and steps < FUSED_STEPS:
+        return f"eager: {steps} steps of all units are too few to pay for compiling"
+    problem = kernels.problem(prepared.device)
+    if problem is not None and fused:
+        raise ModelError(f"kernels can't be compiled for {prepared.device} ({problem}); install a C++ compiler.")
+    return "fused" if problem is None else f"eager: no kernel could be compiled ({problem})"
 
 
 def _memory(graph: fx.GraphModule, device: torch.device, budget: int | None, recipe: Recipe) -> Memory:

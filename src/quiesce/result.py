@@ -103,6 +103,8 @@ class Run:
     """Wall time of the block pass that this run relied on, part of ``seconds``; 0 if it needed none."""
     reused_seconds: float = 0.0
     """Optimization time saved by taking units over from the block pass."""
+    kernels: str = "eager"
+    """How elementwise maths of steps ran: "fused", as compiled kernels, or "eager", and why."""
     memory: MemoryRecord = field(default_factory=MemoryRecord)
 
 

@@ -21,7 +21,7 @@ from quiesce.pipeline import Prepared, prepare, run
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.journal import discard, finished_units, open_journal
 from quiesce.reconstruct.loop import Pass
-from quiesce.result import Run
+from quiesce.result import MemoryRecord, Run
 from tiny import Chain, images, recipe, same_state
 
 LOSS = recipe(granularity="loss")
@@ -47,7 +47,7 @@ def interrupted(prepared: Prepared, folder: Path, units: int, chosen: Recipe = L
 
 def comparable(runs: list[Run]) -> list[Run]:
     """Runs without what tells of time and interruptions."""
-    times = {"seconds": 0.0, "block_seconds": 0.0, "reused_seconds": 0.0}
+    times = {"seconds": 0.0, "block_seconds": 0.0, "reused_seconds": 0.0, "memory": MemoryRecord()}
     return [
         replace(r, **times, unit_records=[replace(u, seconds=0.0, resumed=False) for u in r.unit_records])  # type: ignore
         for r in runs

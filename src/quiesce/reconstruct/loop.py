@@ -44,8 +44,8 @@ class Job:
     reconstruction: ReconstructionRecipe
     regularizer_weight: float
     fisher: Tensors | None = None
-    fused: bool = False
-    """Elementwise maths of steps as compiled kernels."""
+    kernels: str = "eager"
+    """How elementwise maths of steps runs: "fused", as compiled kernels, or "eager", and why."""
     journal: Journal | None = None
     """Where finished units are kept, and taken over from; None keeps nothing."""
 
@@ -214,7 +214,7 @@ class _Walk:
             # A seed per unit: a unit's draws do not depend on what was optimized, or reused, before it.
             seed=(job.recipe.seed * 1_000_003 + unit.start) % 2**63,
             on_step=progress.tick,
-            fused=job.fused,
+            fused=job.kernels == "fused",
             micro_batch=micro_batch,
         )
 
