@@ -51,10 +51,14 @@ class Samples:
     def to(self, device: torch.device) -> Samples:
         return self._map(lambda tensor: tensor.to(device))
 
-    def batches(self, size: int) -> Iterator[Samples]:
-        """Yield consecutive batches of ``size`` samples; the last one is smaller when ``size`` does not divide N."""
+    def batches(self, size: int, device: torch.device | None = None) -> Iterator[Samples]:
+        """Yield consecutive batches of ``size`` samples on ``device`` (None: where they are).
+
+        The last one is smaller when ``size`` does not divide N.
+        """
         for start in range(0, len(self), size):
-            yield self.select(slice(start, start + size))
+            batch = self.select(slice(start, start + size))
+            yield batch if device is None else batch.to(device)
 
     @property
     def inputs(self) -> dict[str, Tensor]:

@@ -37,6 +37,10 @@ class ClusterError(QuiesceError):
     """Ray can't be started or reached, or no machine has what a cell of a sweep needs."""
 
 
+class MemoryLimitError(QuiesceError):
+    """The memory, or the disk in its place, that a run may take does not suffice."""
+
+
 MOST_NAMES = 12
 """Names that a message lists when none is close to what was given."""
 

@@ -31,10 +31,15 @@ class Metrics:
 
 
 @torch.no_grad()
-def outputs_of(network: Network, samples: Samples, batch_size: int = 64) -> list[Tensor]:
-    """Return the network's output tensors [images, ...] on all samples, in the order of its result."""
+def outputs_of(
+    network: Network, samples: Samples, batch_size: int = 64, device: torch.device | None = None
+) -> list[Tensor]:
+    """Return the network's output tensors [images, ...] on all samples, in the order of its result.
+
+    Batches are moved to ``device`` (None: they are fed from where they are).
+    """
     parts: list[list[Tensor]] = []
-    for batch in samples.batches(batch_size):
+    for batch in samples.batches(batch_size, device):
         leaves = pytree.tree_leaves(network(*batch.args, **batch.kwargs))
         parts.append([t for t in leaves if isinstance(t, Tensor)])
     return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]

@@ -25,7 +25,7 @@ from quiesce.graph.attention import split_attention
 from quiesce.graph.backends import BACKENDS
 from quiesce.graph.bias import make_room_for_biases, round_biases
 from quiesce.graph.calibrate import calibrate
-from quiesce.graph.capture import capture, images_together, interface_of
+from quiesce.graph.capture import LARGEST_CLIP, capture, images_together, interface_of
 from quiesce.graph.fold import LeftBatchNorm, fold
 from quiesce.graph.layer_norm import LeftLayerNorm, reparameterize
 from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
@@ -38,8 +38,9 @@ from quiesce.graph.place import (
     layers_at_common_bits,
     never_quantized_layers,
 )
-from quiesce.graph.rewrite import follow_tensors
+from quiesce.graph.rewrite import device_of, follow_tensors
 from quiesce.graph.unit import Unit, boundary
+from quiesce.memory import Stored
 from quiesce.oscillation.capacity import modcap
 from quiesce.oscillation.measure import ModuleLoss, summarize
 from quiesce.precision.assignment import Budget, MixedPrecision, mixed_precision
@@ -288,11 +289,11 @@ def prepare(
     """
     began = time.perf_counter()
     where = torch.device(device) if device is not None else _device_of(model)
-    samples = gather(calibration, "calibration").to(where)
+    samples = gather(calibration, "calibration")
     holdout = _holdout(recipe, len(samples)) if holdout is None else holdout
     _check_batch(recipe, len(samples) - holdout)
     captured = _captured(model, samples, where)
-    together = images_together(captured, samples)
+    together = images_together(captured, samples.select(slice(LARGEST_CLIP)).to(where))
     _check_together(together, recipe, {"calibration images": len(samples) - holdout, "held-out images": holdout})
     folded, left = fold(captured)
     folded, left_norms = _reparameterized(split_attention(folded), samples, recipe)
@@ -305,7 +306,7 @@ def prepare(
     if BACKENDS[recipe.backend].integer_bias:
         make_room_for_biases(graph)
         end_grids_at_bounds(graph)
-    evaluation = None if evaluate is None else gather(evaluate, "evaluation").to(where)
+    evaluation = None if evaluate is None else gather(evaluate, "evaluation")
     reference = metrics = None
     if evaluation is not None:
         check_like(evaluation, samples, "evaluation")
@@ -515,7 +516,7 @@ def _sensitivity(
     prepared = prepare(
         model, samples.select(slice(first)), replace(recipe, granularity=None, reconstruction=None), device=device
     )
-    held = samples.select(slice(first, None)).to(prepared.device)
+    held = samples.select(slice(first, None))
     _check_together(prepared.together, recipe, {"held-out images": len(held)})
     layers, passes = layer_sensitivities(
         prepared.graph, _inputs(Network(prepared.graph), held), recipe, bits, Progress(progress)
@@ -645,14 +646,15 @@ def _job(prepared: Prepared, recipe: Recipe) -> Job:
 
 
 def _inputs(network: Network, samples: Samples) -> Tensors:
-    """Return the samples by the names of the network's inputs."""
+    """Return the samples by the names of the network's inputs, where they are: they are moved when they are read."""
     flat = interface_of(network.gm).flatten(samples.args, samples.kwargs)
-    return {name: _laid_out(tensor) for name, tensor in zip(network.inputs, flat, strict=True)}
+    device = network.memory.device
+    return {name: Stored(t, device, t.dtype, _layout(t)) for name, t in zip(network.inputs, flat, strict=True)}
 
 
-def _laid_out(tensor: Tensor) -> Tensor:
+def _layout(tensor: Tensor) -> torch.memory_format:
     """Images with channels last in memory: convolutions, depthwise ones above all, are several times faster so."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+    return torch.channels_last if tensor.ndim == 4 else torch.preserve_format
 
 
 def _finest(recipe: Recipe) -> str:
@@ -672,7 +674,7 @@ def regularizer_weight(graph: fx.GraphModule, recipe: Recipe) -> float:
 
 def _outputs(graph: fx.GraphModule, samples: Samples, batch: int) -> list[Tensor]:
     flat = interface_of(graph).flatten
-    return outputs_of(lambda *a, **k: graph(*flat(a, k)), samples, batch)
+    return outputs_of(lambda *a, **k: graph(*flat(a, k)), samples, batch, device_of(graph))
 
 
 def _report(prepared: Prepared, recipe: Recipe, done: Pass, seconds: float) -> Run:

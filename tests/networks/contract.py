@@ -222,8 +222,9 @@ def block_type(gm: fx.GraphModule, unit: Unit) -> str:
 
 @torch.no_grad()
 def loss_of(problem: Problem) -> float:
-    outputs = problem.module(*problem.quantized_inputs)
-    return sum(float(squared_error(o, t)) for o, t in zip(outputs, problem.targets, strict=True))
+    outputs = problem.module(*(rows[: problem.images] for rows in problem.quantized_inputs))
+    pairs = zip(outputs, problem.targets, strict=True)
+    return sum(float(squared_error(o, rows[: problem.images])) for o, rows in pairs)
 
 
 def floor_of(problem: Problem) -> float:

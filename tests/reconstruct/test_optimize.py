@@ -37,6 +37,7 @@ def problem_of(prepared: Prepared, index: int) -> Problem:
     targets = streams.targets(network, module.stop, 64)
     return Problem(
         module=extract(network.gm, network.nodes, module.start, module.stop),
+        images=len(prepared.samples),
         quantized_inputs=[streams.quantized[n] for n in ends.inputs],
         float_inputs=[streams.float[n] for n in ends.inputs],
         targets=[targets[n] for n in ends.outputs],

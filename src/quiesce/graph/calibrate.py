@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from quiesce.data import Samples
 from quiesce.graph.capture import interface_of
+from quiesce.graph.rewrite import device_of
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers, float_mode
 from quiesce.quant.grids import GRIDS
 from quiesce.quant.ranges import find_range, minmax_range, percentile_range, scale_and_zero_point
@@ -33,7 +34,7 @@ def calibrate(gm: fx.GraphModule, samples: Samples, recipe: Recipe) -> fx.GraphM
             set_weight(quantizer, getattr(gm, str(node.args[0].target)), recipe)
     quantizers = {n: q for n, q in fake_quantizers(gm).items() if isinstance(q, ActivationFakeQuantize)}
     observers = {name: _Observer(len(samples), recipe.seed) for name in quantizers}
-    for batch in samples.batches(recipe.calibration_batch):
+    for batch in samples.batches(recipe.calibration_batch, device_of(gm)):
         with _observed(quantizers, observers, len(batch)), float_mode(gm):
             gm(*interface_of(gm).flatten(batch.args, batch.kwargs))
     for name, quantizer in quantizers.items():

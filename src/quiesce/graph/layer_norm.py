@@ -23,7 +23,7 @@ from quiesce.data import Samples
 from quiesce.graph.calibrate import draw
 from quiesce.graph.capture import interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, weight_node
-from quiesce.graph.rewrite import add_tensor, tidy
+from quiesce.graph.rewrite import add_tensor, device_of, tidy
 from quiesce.quant.ranges import find_range
 from quiesce.quant.spec import QuantizationSpec
 from quiesce.recipe import Recipe
@@ -84,7 +84,7 @@ def _observed(gm: fx.GraphModule, norms: list[fx.Node], samples: Samples, recipe
     graph.output(tuple(mapped[n] for n in norms))
     network = fx.GraphModule(gm, graph)
     rows = {n: _Rows(-(-SAMPLED_VALUES // len(samples)), recipe.seed) for n in norms}
-    for batch in samples.batches(recipe.calibration_batch):
+    for batch in samples.batches(recipe.calibration_batch, device_of(gm)):
         for node, y in zip(norms, network(*interface_of(gm).flatten(batch.args, batch.kwargs)), strict=True):
             rows[node].add(y, len(batch))
     return {node: torch.cat(seen.found).T.double() for node, seen in rows.items()}

@@ -37,9 +37,14 @@ def tidy(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
+def device_of(gm: fx.GraphModule) -> torch.device | None:
+    """Return where the network's tensors are; None if it has none."""
+    return next((b.device for b in gm.buffers()), None)
+
+
 def follow_tensors(gm: fx.GraphModule) -> fx.GraphModule:
     """Let operators that name a device (``zeros``, …) name the one where the tensors are; returns ``gm``."""
-    device = next((b.device for b in gm.buffers()), None)
+    device = device_of(gm)
 
     def here(argument: Any) -> Any:
         return device if isinstance(argument, torch.device) else argument

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from torch import Tensor, fx
 from quiesce.graph.ops import Hyperparameters, hyperparameters, weight_node
 from quiesce.graph.place import weight_layers
 from quiesce.graph.unit import Unit
+from quiesce.memory import Rows
+
+IMAGES_AT_ONCE = 32
+"""Images of a stream that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Oscillation:
     """Σ (L_i − L_{i+1})² over neighbouring modules."""
 
 
-def module_loss(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], produced: Sequence[str]) -> ModuleLoss:
+def module_loss(teacher: Mapping[str, Rows], student: Mapping[str, Rows], produced: Sequence[str]) -> ModuleLoss:
     """Compare the two streams behind a module on the tensors it ``produced``; one passed through is not its own.
 
     Tensors are [images, channels, ...]; masks and indices are left out.
@@ -45,13 +50,26 @@ def module_loss(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], pr
         if not target.is_floating_point():
             continue
         channels = target.shape[1] if target.ndim > 1 else 1
-        absolute += _mean_square(student[name] - target) * channels
-        energy += _mean_square(target) * channels
+        noise, power = squares(student[name], target)
+        positions = math.prod(target.shape) / channels
+        absolute += noise / positions
+        energy += power / positions
     return ModuleLoss(absolute, absolute / energy if energy > 0 else 0.0)
 
 
-def _mean_square(x: Tensor) -> float:
-    return x.square().mean(dtype=torch.float64).item()
+def squares(student: Rows, teacher: Rows) -> tuple[float, float]:
+    """Return Σ (ŷ − y)² and Σ y² over all entries, summed in float64, few images in memory at a time."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for first in range(0, len(teacher), IMAGES_AT_ONCE):
+        part = slice(first, first + IMAGES_AT_ONCE)
+        target = teacher[part]
+        sums += torch.stack([_sum_of_squares(student[part] - target), _sum_of_squares(target)]).cpu()
+    noise, power = sums.tolist()
+    return noise, power
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return x.square().sum(dtype=torch.float64)
 
 
 def summarize(losses: Sequence[float]) -> Oscillation:

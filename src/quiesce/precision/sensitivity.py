@@ -126,7 +126,7 @@ def layer_sensitivities(
                 )
             errors[trial.layer.name, trial.bits, trial.with_input] = error
             progress.tick()
-    images = next(iter(inputs.values())).shape[0]
+    images = len(next(iter(inputs.values())))
     passes = network.executions / (network.end * -(-images // batch))
     return [layer.summary(errors, sum(macs[name] for name in layer.names)) for layer in layers], passes
 
@@ -221,7 +221,7 @@ def multiplications(gm: fx.GraphModule, inputs: Tensors) -> dict[str, int]:
     """Return each weight layer's multiplications (and as many additions) for one image, by running ``inputs``."""
     counter = _Multiplications(gm)
     counter.run(*inputs.values())
-    images = next(iter(inputs.values())).shape[0]
+    images = len(next(iter(inputs.values())))
     return {name: counter.found[node] // images for name, node in weight_layers(gm).items()}
 
 

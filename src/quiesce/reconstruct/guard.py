@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quiesce.memory import behind
 from quiesce.reconstruct.streams import Network, Streams, Tensors
 
 
@@ -36,22 +37,22 @@ class Guard:
         self.network = network
         self.first = first
         self.batch = batch
-        self.images = next(iter(inputs.values())).shape[0] - first
+        self.images = len(next(iter(inputs.values()))) - first
         self._inputs = self._held_out(inputs)
         self._float = network.run(0, network.end, self._inputs, batch, quantized=False)
 
     def error_behind(self, streams: Streams, stop: int) -> float:
         """Error when the network is quantized as it is now from ``streams`` to ``stop``, and float behind that."""
         held = self._held_out(streams.quantized)
-        behind = self.network.run(streams.position, stop, held, self.batch, quantized=True)
-        return self._error(self.network.run(stop, self.network.end, behind, self.batch, quantized=False))
+        there = self.network.run(streams.position, stop, held, self.batch, quantized=True)
+        return self._error(self.network.run(stop, self.network.end, there, self.batch, quantized=False))
 
     def error_of_network(self) -> float:
         """Error of the whole network, quantized as it is now."""
         return self._error(self.network.run(0, self.network.end, self._inputs, self.batch, quantized=True))
 
     def _held_out(self, tensors: Tensors) -> Tensors:
-        return {name: t[self.first :] for name, t in tensors.items()}
+        return {name: behind(rows, self.first) for name, rows in tensors.items()}
 
     def _error(self, outputs: Tensors) -> float:
         return self.network.output_error(outputs, self._float)

@@ -176,10 +176,9 @@ class _Walk:
         )
 
     def _problem(self, unit: Unit) -> Problem:
-        job, network, images = self.job, self.job.network, self.job.images
+        job, network = self.job, self.job.network
         ends = boundary(network.nodes, unit.start, unit.stop)
-        feed = {name: t[:images] for name, t in self.streams.float.items()}
-        wanted = network.run(unit.start, unit.stop, feed, job.recipe.calibration_batch, quantized=False)
+        wanted = self.streams.targets(network, unit.stop, job.recipe.calibration_batch)
         # Masks and indices have no gradient.
         outputs = [name for name in ends.outputs if wanted[name].is_floating_point()]
         if not outputs:
@@ -187,16 +186,19 @@ class _Walk:
                 f"unit {unit.name} returns no floating-point tensor, so there is nothing to compare; "
                 "let the network return what it computes its choice (argmax, comparison) from."
             )
-        quantized = [self.streams.quantized[name][:images] for name in ends.inputs]
-        # Inputs that both streams share, and masks and indices, are not mixed by QDrop's drop.
-        whole = [(self.streams.quantized[name], self.streams.float[name]) for name in ends.inputs]
-        same = [q is f or not q.is_floating_point() for q, f in whole]
+        quantized = [self.streams.quantized[name] for name in ends.inputs]
+        # Masks and indices are not mixed by QDrop's drop, nor are inputs that both streams share.
+        float_inputs = [
+            self.streams.float[name] if q.is_floating_point() else q
+            for name, q in zip(ends.inputs, quantized, strict=True)
+        ]
         return Problem(
             module=_returning(extract(network.gm, network.nodes, unit.start, unit.stop), outputs),
+            images=job.images,
             quantized_inputs=quantized,
-            float_inputs=[q if s else feed[n] for n, q, s in zip(ends.inputs, quantized, same, strict=True)],
+            float_inputs=float_inputs,
             targets=[wanted[name] for name in outputs],
-            weights=None if job.fisher is None else [job.fisher[name][:images] for name in outputs],
+            weights=None if job.fisher is None else [job.fisher[name] for name in outputs],
             together=job.together,
             name=unit.name,
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from quiesce.errors import ModelError
+from quiesce.memory import Rows
 from quiesce.reconstruct.streams import Network, Tensors
 
 
@@ -35,8 +38,9 @@ def fisher_weights(
         ModelError: the network's output is not one tensor of logits [images, classes].
     """
     module, order = _with_taps(network, names)
-    images = next(iter(inputs.values())).shape[0]
-    squares: dict[str, list[Tensor]] = {name: [] for name in order}
+    images = len(next(iter(inputs.values())))
+    squares: dict[str, Rows] = {}
+    sums: dict[str, Tensor] = {}
     for first in range(0, images, batch):
         network.executions += network.end
         fed = [inputs[n][first : first + batch] for n in network.inputs]
@@ -52,9 +56,17 @@ def fisher_weights(
             loss = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
             gradients = torch.autograd.grad(loss, taps, materialize_grads=True)
         for name, gradient in zip(order, gradients, strict=True):
-            squares[name].append(gradient.square())
-    whole = {name: torch.cat(parts) for name, parts in squares.items()}
-    return {name: g / g.mean().clamp(min=torch.finfo(g.dtype).tiny) for name, g in whole.items()}
+            square = gradient.square()
+            if name not in squares:
+                squares[name] = network.memory.room(square, images)
+                sums[name] = square.new_zeros((), dtype=torch.float64)
+            squares[name][first : first + batch] = square
+            sums[name] += square.sum(dtype=torch.float64)
+    for name, rows in squares.items():
+        mean = (sums[name] / math.prod(rows.shape)).clamp(min=torch.finfo(rows.dtype).tiny).to(rows.dtype)
+        for first in range(0, images, batch):
+            rows[first : first + batch] = rows[first : first + batch] / mean
+    return squares
 
 
 def _with_taps(network: Network, names: set[str]) -> tuple[torch.nn.Module, list[str]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.errors import ModelError
+from quiesce.memory import Rows, take
 from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, Drop, WeightFakeQuantize
 from quiesce.quant.kernels import NO_CLIP
@@ -38,21 +39,22 @@ MOST_RETURNS = 3
 
 @dataclass(frozen=True)
 class Problem:
-    """A unit with what it is fed and what it should return: tensors [images, ...], in the module's order."""
+    """A unit with what it is fed and what it should return: tensors [images, ...], in the module's order.
+
+    An input that both streams share is the same object in both lists.
+    """
 
     module: fx.GraphModule
-    quantized_inputs: list[Tensor]
-    float_inputs: list[Tensor]
-    targets: list[Tensor]
-    weights: list[Tensor] | None = None
+    images: int
+    """The first ones are optimized on; tensors may hold more."""
+    quantized_inputs: list[Rows]
+    float_inputs: list[Rows]
+    targets: list[Rows]
+    weights: list[Rows] | None = None
     """Fisher weights of the targets, or None."""
     together: int = 1
     """Neighbouring images that stay together in every batch."""
     name: str = "unit"
-
-    @property
-    def images(self) -> int:
-        return self.targets[0].shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -195,13 +197,15 @@ class Step:
         inputs = []
         # Activations are numbered 0, 1, …, and inputs −1, −2, …
         for i, (q, f) in enumerate(zip(problem.quantized_inputs, problem.float_inputs, strict=True)):
-            inputs.append(q[images] if drop is None or q is f else drop.mix(-1 - i, q[images], f[images]))
+            inputs.append(
+                take(q, images) if drop is None or q is f else drop.mix(-1 - i, take(q, images), take(f, images))
+            )
         total = []
         for i, (output, target) in enumerate(zip(problem.module(*inputs), problem.targets, strict=True)):
             if problem.weights is None:
-                total.append(squared_error(output, target[images]))
+                total.append(squared_error(output, take(target, images)))
             else:
-                total.append(weighted_squared_error(output, target[images], problem.weights[i][images]))
+                total.append(weighted_squared_error(output, take(target, images), take(problem.weights[i], images)))
         return total[0] if len(total) == 1 else torch.stack(total).sum()
 
     def state(self) -> dict[str, Any]:

@@ -1,0 +1,254 @@
+"""Memory: how much a run may hold on its device, and tensors [images, ...] that live there, on the host or in a file.
+
+What lives on the device in the dtype that is worked in is a plain tensor; anything else is a :class:`Stored`, which is
+read and written by the same expressions: ``rows[first:stop]``, ``rows[index]``, ``rows[first:stop] = values``.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import re
+import tempfile
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quiesce.errors import MemoryLimitError, RecipeError
+
+PLACES = ("device", "host", "file")
+SPARE = 0.1
+"""Share of the free memory that a budget nobody stated leaves free."""
+UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+class Stored:
+    """A tensor [images, ...] that is kept elsewhere, or as another dtype, than it is worked with."""
+
+    def __init__(
+        self,
+        data: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: torch.memory_format = torch.preserve_format,
+    ) -> None:
+        """``data`` is what is kept; what is read of it comes on ``device``, as ``dtype`` and in ``layout``."""
+        self.data = data
+        self.device = device
+        self.dtype = dtype
+        self.layout = layout
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        """Return rows on the working device: a copy, except for a slice of what lies there as it is worked with."""
+        rows = self.data[index] if isinstance(index, slice) else _selected(self.data, index.to(self.data.device))
+        return rows.to(self.device, self.dtype, memory_format=self.layout)
+
+    def __setitem__(self, index: slice, values: Tensor) -> None:
+        self.data[index] = values.to(self.data.device, self.data.dtype)
+
+    def behind(self, first: int) -> Stored:
+        """Return the rows from ``first`` on, sharing memory."""
+        return Stored(self.data[first:], self.device, self.dtype, self.layout)
+
+
+Rows = Tensor | Stored
+"""A tensor [images, ...], wherever it is."""
+
+
+def take(rows: Rows, index: Tensor) -> Tensor:
+    """Return ``rows[index]`` for indices [n] of images, several times faster: whole rows are copied."""
+    return rows[index] if isinstance(rows, Stored) else _selected(rows, index)
+
+
+def behind(rows: Rows, first: int) -> Rows:
+    """Return the rows from ``first`` on, sharing memory."""
+    return rows.behind(first) if isinstance(rows, Stored) else rows[first:]
+
+
+def _selected(rows: Tensor, index: Tensor) -> Tensor:
+    size = math.prod(rows.shape[1:])
+    strides = _row_strides(rows) if len(rows) and size else None
+    if strides is None or rows.stride() != (size, *strides):  # rows with gaps, or interleaved
+        return rows[index]
+    flat = rows.as_strided((len(rows), size), (size, 1)).index_select(0, index)
+    return flat.as_strided((len(flat), *rows.shape[1:]), (size, *strides))
+
+
+def _row_strides(rows: Tensor) -> tuple[int, ...]:
+    """Strides of one row without gaps, its dimensions in memory in the order they have in ``rows``."""
+    return torch.empty_like(rows[0], device="meta").stride()
+
+
+@dataclass
+class Memory:
+    """The memory that one run may take, and what it holds: a tensor goes to the first place that has room for it.
+
+    Whatever is in a file is the system's to keep in memory or not.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    budget: int | None = None
+    """Bytes that may be held on the device, all things together; None sets no limit."""
+    host: int | None = None
+    """Bytes that may be held in host memory where the device is another one; None sets no limit."""
+    narrow: bool = False
+    """Keep float32 as bfloat16."""
+    reserved: int = 0
+    """Bytes of the budget that are kept for computing."""
+    held: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PLACES, 0))
+    """Bytes in each place now."""
+    most: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PLACES, 0))
+    """The most bytes that were in each place at a time."""
+
+    def room(self, like: Tensor, images: int) -> Rows:
+        """Return room for ``images`` rows such as those of ``like``, uninitialized, each in the layout that they have.
+
+        Raises:
+            MemoryLimitError: the disk is full.
+        """
+        dtype = self.kept_as(like.dtype)
+        size = math.prod(like.shape[1:])
+        shape, strides = (images, *like.shape[1:]), (size, *_row_strides(like))
+        place = self.place(images * size * dtype.itemsize)
+        if place == "file":
+            data = _mapped(images * size, dtype).as_strided(shape, strides)
+        else:
+            device = self.device if place == "device" else torch.device("cpu")
+            data = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        plain = place == "device" and dtype == like.dtype
+        rows = data if plain else Stored(data, self.device, like.dtype)
+        self._count(rows, place, data.nbytes)
+        return rows
+
+    def kept_as(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if self.narrow and dtype is torch.float32 else dtype
+
+    def place(self, size: int) -> str:
+        """Where ``size`` more bytes would go."""
+        if self.budget is None or self.held["device"] + self.reserved + size <= self.budget:
+            return "device"
+        if self.device.type != "cpu" and (self.host is None or self.held["host"] + size <= self.host):
+            return "host"
+        return "file"
+
+    def hold(self, place: str, size: int) -> None:
+        """Note that ``size`` bytes more (or less) are in ``place``."""
+        self.held[place] += size
+        self.most[place] = max(self.most[place], self.held[place])
+
+    def _count(self, rows: Rows, place: str, size: int) -> None:
+        self.hold(place, size)
+        weakref.finalize(rows, self.hold, place, -size).atexit = False
+
+
+def _mapped(values: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor [values] in a file without a name: it is gone with the tensor, or with the process, however."""
+    size = max(values * dtype.itemsize, 1)
+    folder = scratch_folder()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # Room is taken now: a disk that is full while mapped memory is written would end the process.
+            os.posix_fallocate(file.fileno(), 0, size)
+            memory = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        raise MemoryLimitError(
+            f"a temporary file of {format_bytes(size)} in {folder} can't be made ({error.strerror}); free some disk, "
+            "set TMPDIR to a folder with room, or give a larger memory budget."
+        ) from error
+    return torch.frombuffer(memory, dtype=dtype, count=values) if values else torch.empty(0, dtype=dtype)
+
+
+def scratch_folder() -> str:
+    """Return the folder for temporary files, another than the system's own if that one is memory itself (tmpfs)."""
+    folders = [tempfile.gettempdir(), "/var/tmp"]
+    return next((f for f in folders if Path(f).is_dir() and not _in_memory(f)), folders[0])
+
+
+def _in_memory(folder: str) -> bool:
+    try:
+        rows = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return False
+    path = Path(folder).resolve()
+    mounts = {Path(row[1]): row[2] for row in rows if path.is_relative_to(row[1])}
+    return mounts.get(max(mounts, key=lambda p: len(p.parts)), "") in ("tmpfs", "ramfs") if mounts else False
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that ``text`` such as ``4GB`` or ``512MiB`` means (1 kB is 1,000 bytes, 1 KiB 1,024).
+
+    Raises:
+        RecipeError: it means none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    factor = {name.lower(): size for name, size in UNITS.items()}.get(found[2].lower()) if found else None
+    if found is None or factor is None or (size := int(float(found[1]) * factor)) < 1:
+        raise RecipeError(f"the memory budget {text!r} is no size; give a number with {', '.join(UNITS)}, such as 4GB.")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """Return ``size`` to three digits: ``1.23 GB``."""
+    name, factor = next(((n, f) for n, f in reversed(list(UNITS.items())[:4]) if size >= f), ("kB", 1000))
+    return f"{float(f'{size / factor:.3g}'):g} {name}"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process could still take on ``device``; None if the system does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    known = [free for free in (_available(), _left_of_cgroup()) if free is not None]
+    return min(known, default=None)
+
+
+def _available() -> int | None:
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _left_of_cgroup() -> int | None:
+    """What the limits of the process's control group (version 2 or 1) and of those around it leave; cache is free."""
+    left = []
+    for line in _text("/proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        names = ("memory.max", "memory.current", "inactive_file")
+        root = Path("/sys/fs/cgroup")
+        if number != "0":
+            if "memory" not in controllers.split(","):
+                continue
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root /= "memory"
+        inner = root / path.lstrip("/")
+        for group in (inner, *(p for p in inner.parents if p.is_relative_to(root))):
+            limit, used = _text(group / names[0]).strip(), _text(group / names[1]).strip()
+            if limit.isdigit() and used.isdigit():
+                cache = re.search(rf"^{names[2]} (\d+)", _text(group / "memory.stat"), re.MULTILINE)
+                left.append(max(0, int(limit) - int(used) + (int(cache[1]) if cache else 0)))
+    return min(left, default=None)
+
+
+def _text(path: Any) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""
