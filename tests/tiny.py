@@ -16,7 +16,7 @@ from quiesce.pipeline import Prepared, regularizer_weight
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.loop import Job
 from quiesce.reconstruct.streams import Network
-from quiesce.result import Result
+from quiesce.result import MemoryRecord, Result
 
 DURATIONS = ("seconds", "block_seconds", "reused_seconds")
 
@@ -165,9 +165,11 @@ def same_state(first: dict[str, Tensor], second: dict[str, Tensor], *prefixes: s
 
 
 def without_times(result: Result) -> Result:
-    """The result with every duration set to 0 and no word of interruptions, to compare two runs."""
+    """The result without durations and memory, and with no word of interruptions, to compare two runs."""
     runs = []
     for run in result.runs:
         records = [dataclasses.replace(r, seconds=0.0, resumed=False) for r in run.unit_records]
-        runs.append(dataclasses.replace(run, unit_records=records, **dict.fromkeys(DURATIONS, 0.0)))
+        runs.append(
+            dataclasses.replace(run, unit_records=records, memory=MemoryRecord(), **dict.fromkeys(DURATIONS, 0.0))
+        )
     return dataclasses.replace(result, runs=runs)

@@ -110,6 +110,15 @@ CapacityGranularity = Annotated[
 Steps = Annotated[
     int | None, _option("Optimization steps for each module.", "N", panel=_RECIPE, show_default="the preset's")
 ]
+MemoryBudget = Annotated[
+    str | None,
+    _option(
+        "What reconstruction may take on the device, such as 4GB; what has no room goes to files.",
+        "SIZE",
+        "--memory",
+        show_default="most of what is free",
+    ),
+]
 RecipeSeed = Annotated[
     int | None, _option("Seed of everything random.", "N", "--seed", panel=_RECIPE, show_default="0")
 ]
@@ -290,6 +299,7 @@ def quantize(
     weights_by_order: WeightsByOrder = False,
     trust: Trust = False,
     device: Device = None,
+    memory: MemoryBudget = None,
     force: Force = False,
     restart: Restart = False,
 ) -> None:
@@ -298,6 +308,7 @@ def quantize(
     Interrupted, it goes on where it was when the same command is given again.
     """
     # All that can be wrong is looked at before anything slow is done.
+    from quiesce.memory import parse_bytes
     from quiesce.outputs import check_free, output_folder
 
     check_free(out, force)
@@ -314,6 +325,7 @@ def quantize(
         seed=seed,
     )
     budget = _budget(mixed, mixed_bits)
+    most = None if memory is None else parse_bytes(memory)
     place = _device(device)
     preparation = _preprocessing_options(resize, crop, mean, std, interpolation)
 
@@ -331,10 +343,13 @@ def quantize(
     with _interruptible(kept):
         loaded = load_model(model, weights=weights, by_order=weights_by_order, trust=trust)
         preprocessing = override(loaded.preprocessing, **preparation)
-        samples = load_data(calibration, preprocessing, limit=images, seed=chosen.seed)
+        in_file = most is not None and place.type == "cpu"
+        samples = load_data(calibration, preprocessing, limit=images, seed=chosen.seed, in_file=in_file)
         test = None
         if evaluate is not None:
-            test = load_data(evaluate, preprocessing, limit=evaluate_images, seed=chosen.seed, what="evaluation")
+            test = load_data(
+                evaluate, preprocessing, limit=evaluate_images, seed=chosen.seed, what="evaluation", in_file=in_file
+            )
         if budget:
             with _progress() as progress, _stdout_to_stderr():
                 made = choose_bits(loaded.model, samples, chosen, **budget, device=place, progress=progress)
@@ -347,6 +362,7 @@ def quantize(
                 chosen,
                 evaluate=test,
                 device=place,
+                memory=most,
                 progress=progress,
                 name=loaded.name,
                 preprocessing=None if preprocessing is None else preprocessing.to_dict(),

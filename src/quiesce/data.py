@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from quiesce.dotted import DOTTED, call_dotted, working_folder_importable
 from quiesce.errors import DataError, QuiesceError
+from quiesce.memory import mapped
 from quiesce.preprocess import Preprocessing
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -81,8 +82,10 @@ class Samples:
         return list(self._named().values())
 
 
-def gather(data: object, what: str = "calibration", limit: int | None = None) -> Samples:
+def gather(data: object, what: str = "calibration", limit: int | None = None, *, in_file: bool = False) -> Samples:
     """Collect ``data`` into one :class:`Samples`, at most ``limit`` of them (the first ones).
+
+    What has to be put together is put into a temporary file if ``in_file``, else into memory.
 
     ``data`` is a :class:`Samples`, a tensor [N, ...], or an iterable of batches, such as a DataLoader. A batch is
 
@@ -111,7 +114,7 @@ def gather(data: object, what: str = "calibration", limit: int | None = None) ->
             break
     if found == 0:
         raise DataError(f"the {what} data is empty; give at least one batch of inputs.")
-    return _concatenate(batches)
+    return _concatenate(batches, in_file)
 
 
 def check_like(samples: Samples, example: Samples, what: str) -> None:
@@ -141,8 +144,9 @@ def load_data(
     limit: int | None = None,
     seed: int = 0,
     what: str = "calibration",
+    in_file: bool = False,
 ) -> Samples:
-    """Read the data that ``spec`` names, at most ``limit`` samples.
+    """Read the data that ``spec`` names, at most ``limit`` samples; images go to a temporary file if ``in_file``.
 
     - A folder: all images in it, at any depth. If every image is in a sub-folder, the folders directly below are the
       classes, numbered in sorted order as torchvision's ``ImageFolder`` does; otherwise there are no labels.
@@ -160,11 +164,11 @@ def load_data(
     if limit is not None and limit < 1:
         raise DataError(f"the limit of {what} samples is {limit}; give 1 or more.")
     if path.is_dir():
-        return gather(_read_folder(path, preprocessing, limit, seed), what)
+        return gather(_read_folder(path, preprocessing, limit, seed, in_file), what)
     if path.suffix == ".npz":
         return gather(_read_npz(path, preprocessing, limit, seed), what)
     if DOTTED.fullmatch(spec):
-        return _from_callable(spec, what, limit)
+        return _from_callable(spec, what, limit, in_file)
     raise DataError(f"{what} data {spec!r} is not there; give an image folder, a .npz file, or module.path:callable.")
 
 
@@ -251,10 +255,17 @@ def _check_same_kind(batch: Samples, first: Samples, where: str) -> None:
             )
 
 
-def _concatenate(batches: list[Samples]) -> Samples:
+def _concatenate(batches: list[Samples], in_file: bool) -> Samples:
     if len(batches) == 1:
         return batches[0]
-    args, kwargs = pytree.tree_map(lambda *parts: torch.cat(parts), *((b.args, b.kwargs) for b in batches))
+
+    def joined(*parts: Tensor) -> Tensor:
+        if not in_file or parts[0].device.type != "cpu":
+            return torch.cat(parts)
+        images = sum(len(part) for part in parts)
+        return torch.cat(parts, out=mapped((images, *parts[0].shape[1:]), parts[0].dtype))
+
+    args, kwargs = pytree.tree_map(joined, *((b.args, b.kwargs) for b in batches))
     labels = [b.labels for b in batches if b.labels is not None]
     return Samples(args, kwargs, torch.cat(labels) if labels else None)
 
@@ -277,13 +288,15 @@ def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _from_callable(spec: str, what: str, limit: int | None) -> Samples:
+def _from_callable(spec: str, what: str, limit: int | None, in_file: bool) -> Samples:
     # Iterating is still the user's code, and may import more of it.
     with working_folder_importable():
-        return gather(call_dotted(spec, DataError), what, limit)
+        return gather(call_dotted(spec, DataError), what, limit, in_file=in_file)
 
 
-def _read_folder(folder: Path, preprocessing: Preprocessing | None, limit: int | None, seed: int) -> Samples:
+def _read_folder(
+    folder: Path, preprocessing: Preprocessing | None, limit: int | None, seed: int, in_file: bool
+) -> Samples:
     if preprocessing is None:
         raise DataError(
             f"how to prepare the images of {folder} is not known for this model; "
@@ -294,7 +307,7 @@ def _read_folder(folder: Path, preprocessing: Preprocessing | None, limit: int |
         raise DataError(f"folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); give another folder.")
     labels = _folder_labels(folder, files)
     order = _spread(labels or [0] * len(files), seed)[:limit]
-    images = _read_images([files[i] for i in order], preprocessing)
+    images = _read_images([files[i] for i in order], preprocessing, in_file)
     return Samples((images,), {}, torch.tensor([labels[i] for i in order]) if labels else None)
 
 
@@ -331,8 +344,9 @@ def _spread(labels: list[int], seed: int) -> list[int]:
     return [index for index in chain.from_iterable(zip_longest(*groups.values())) if index is not None]
 
 
-def _read_images(files: list[Path], preprocessing: Preprocessing) -> Tensor:
-    images = torch.empty(len(files), preprocessing.channels, *preprocessing.crop)
+def _read_images(files: list[Path], preprocessing: Preprocessing, in_file: bool) -> Tensor:
+    shape = (len(files), preprocessing.channels, *preprocessing.crop)
+    images = mapped(shape, torch.float32) if in_file else torch.empty(shape)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for i, image in enumerate(pool.map(lambda file: _read_image(file, preprocessing), files)):
             images[i] = image

@@ -6,12 +6,16 @@ read and written by the same expressions: ``rows[first:stop]``, ``rows[index]``,
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
 import re
+import sys
 import tempfile
+import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,12 @@ from torch import Tensor
 
 from quiesce.errors import MemoryLimitError, RecipeError
 
+ALLOCATION_FAILED = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "out of memory",
+)
+"""What errors of failed allocations say that are plain ``RuntimeError``s."""
 PLACES = ("device", "host", "file")
 SPARE = 0.1
 """Share of the free memory that a budget nobody stated leaves free."""
@@ -110,6 +120,8 @@ class Memory:
     """Bytes that may be held on the device, all things together; None sets no limit."""
     host: int | None = None
     """Bytes that may be held in host memory where the device is another one; None sets no limit."""
+    stated: bool = False
+    """The budget is a promise: less is worked on at a time where it would be broken. Else it only says what is free."""
     narrow: bool = False
     """Keep float32 as bfloat16."""
     reserved: int = 0
@@ -130,7 +142,7 @@ class Memory:
         shape, strides = (images, *like.shape[1:]), (size, *_row_strides(like))
         place = self.place(images * size * dtype.itemsize)
         if place == "file":
-            data = _mapped(images * size, dtype).as_strided(shape, strides)
+            data = mapped((images * size,), dtype).as_strided(shape, strides)
         else:
             device = self.device if place == "device" else torch.device("cpu")
             data = torch.empty_strided(shape, strides, dtype=dtype, device=device)
@@ -150,6 +162,36 @@ class Memory:
             return "host"
         return "file"
 
+    def at_a_time(self, images: int, each: int, fixed: int, together: int = 1) -> int:
+        """Return how many of ``images`` to work on at a time, at ``each`` and ``fixed`` bytes: halved until they fit.
+
+        They are halved for a stated budget only, and to ``together`` at the least.
+        """
+        free = self.budget - self.held["device"] if self.stated and self.budget is not None else math.inf
+        while fixed + images * each > free and images > together:
+            images = halved(images, together)
+        return images
+
+    def reserve(self, size: int, least: int) -> None:
+        """Keep ``size`` bytes of the device free for computing, or what is left of it, which must be ``least``.
+
+        Raises:
+            MemoryLimitError: less than ``least`` is left of a stated budget.
+        """
+        self.reserved = size
+        if self.stated and self.budget is not None and self.held["device"] + least > self.budget:
+            raise MemoryLimitError(
+                f"a memory budget of {format_bytes(self.budget)} is too small for this network and its images; the "
+                f"least is {format_bytes(1.01 * (self.held['device'] + least))}, give that or more."
+            )
+
+    def trim(self) -> None:
+        """Give memory that was freed back to the system: the C library keeps much of it."""
+        if self.stated and self.device.type == "cpu" and sys.platform == "linux":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+            if trim is not None:
+                trim(0)
+
     def hold(self, place: str, size: int) -> None:
         """Note that ``size`` bytes more (or less) are in ``place``."""
         self.held[place] += size
@@ -160,9 +202,27 @@ class Memory:
         weakref.finalize(rows, self.hold, place, -size).atexit = False
 
 
-def _mapped(values: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor [values] in a file without a name: it is gone with the tensor, or with the process, however."""
-    size = max(values * dtype.itemsize, 1)
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch and Python raise when an allocation fails."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in ALLOCATION_FAILED)
+    )
+
+
+def halved(images: int, together: int) -> int:
+    """Return half of ``images``, a multiple of ``together``, and that at least."""
+    return max(together, images // 2 // together * together)
+
+
+def mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a file without a name, which is gone with the tensor, or however the process ends.
+
+    Raises:
+        MemoryLimitError: the disk is full.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return torch.empty(*shape, dtype=dtype)
     folder = scratch_folder()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -174,7 +234,7 @@ def _mapped(values: int, dtype: torch.dtype) -> Tensor:
             f"a temporary file of {format_bytes(size)} in {folder} can't be made ({error.strerror}); free some disk, "
             "set TMPDIR to a folder with room, or give a larger memory budget."
         ) from error
-    return torch.frombuffer(memory, dtype=dtype, count=values) if values else torch.empty(0, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 def scratch_folder() -> str:
@@ -252,3 +312,46 @@ def _text(path: Any) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+class Peak:
+    """Within a ``with`` block, measures how much more memory was taken at a time than at its start.
+
+    On a GPU it is what torch allocated there. On the CPU it is the process's anonymous memory (pages that no file
+    holds), read every few milliseconds; ``bytes`` stays None where the system does not tell it.
+    """
+
+    PERIOD = 0.005
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+        self._done = threading.Event()
+
+    def __enter__(self) -> Peak:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device)
+        elif (start := _anonymous()) is not None:
+            self._start, self.bytes = start, 0
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start
+        elif self.bytes is not None:
+            self._done.set()
+            self._thread.join()
+
+    def _watch(self) -> None:
+        waiting = True
+        while waiting:
+            waiting = not self._done.wait(self.PERIOD)
+            self.bytes = max(self.bytes or 0, (_anonymous() or 0) - self._start)
+
+
+def _anonymous() -> int | None:
+    found = re.search(r"^RssAnon:\s*(\d+) kB", _text("/proc/self/status"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

@@ -40,7 +40,7 @@ from quiesce.graph.place import (
 )
 from quiesce.graph.rewrite import device_of, follow_tensors
 from quiesce.graph.unit import Unit, boundary
-from quiesce.memory import Stored
+from quiesce.memory import SPARE, Memory, Peak, Stored, free_memory, parse_bytes
 from quiesce.oscillation.capacity import modcap
 from quiesce.oscillation.measure import ModuleLoss, summarize
 from quiesce.precision.assignment import Budget, MixedPrecision, mixed_precision
@@ -53,8 +53,12 @@ from quiesce.reconstruct.granular import Outcome, block_pass, check_granularity,
 from quiesce.reconstruct.journal import check_same_run, digest_of, digest_of_text, open_journal
 from quiesce.reconstruct.loop import Job, Pass, layer_pass, measure_pass
 from quiesce.reconstruct.losses import fisher_weights
+from quiesce.reconstruct.plan import Needs, Sizes, reserve
 from quiesce.reconstruct.streams import Network, Tensors
-from quiesce.result import Result, Run, hardware, versions
+from quiesce.result import MemoryRecord, Result, Run, hardware, versions
+
+SNAPSHOTS = 3
+"""States of all fake-quantizers that a run holds at a time: the calibrated one, and those of two passes."""
 
 
 class QuantizedModel(nn.Module):
@@ -198,6 +202,7 @@ def quantize(
     *,
     evaluate: object = None,
     device: torch.device | str | None = None,
+    memory: int | str | None = None,
     progress: ProgressCallback | None = None,
     name: str | None = None,
     preprocessing: dict[str, Any] | None = None,
@@ -211,6 +216,9 @@ def quantize(
             pairs, or dicts of keyword arguments, such as a DataLoader.
         evaluate: data of the same kinds, with labels if top-1 is wanted; None measures no accuracy.
         device: where to work; None is the model's device.
+        memory: what may be taken on the device, in bytes or such as ``"4GB"``: what has no room is kept on the host or
+            in temporary files. Tensors of images that are given here are not counted: they stay where they are. None
+            takes most of what is free.
         progress: called as ``progress(stage, steps_done, steps_planned)``.
         name: the model's name in the result; None is its class.
         preprocessing: kept with the network, for who loads it.
@@ -222,10 +230,11 @@ def quantize(
         QuiesceError: one sentence on what is wrong with the model, the data or the recipe, or that ``progress_folder``
             is of another run.
     """
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
     if progress_folder is not None:
         where = torch.device(device) if device is not None else _device_of(model)
-        check_same_run(Path(progress_folder), _settings(recipe, where))
-    prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, name=name)
+        check_same_run(Path(progress_folder), _settings(recipe, where, budget))
+    prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, memory=budget, name=name)
     runs, _ = run(prepared, recipe, progress=progress, progress_folder=progress_folder)
     return QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, preprocessing)
 
@@ -252,6 +261,8 @@ class Prepared:
     """Layers with weights that stay float, with the reason of each."""
     seconds: float
     device: torch.device
+    memory: int | None = None
+    """Bytes that reconstruction may take on the device; None: most of what is free."""
 
     def network(self, recipe: Recipe) -> fx.GraphModule:
         """Return the network in its present state as the recipe's backend runs it: with integer biases if it has them.
@@ -280,6 +291,7 @@ def prepare(
     *,
     evaluate: object = None,
     device: torch.device | str | None = None,
+    memory: int | str | None = None,
     name: str | None = None,
     holdout: int | None = None,
 ) -> Prepared:
@@ -289,12 +301,16 @@ def prepare(
     """
     began = time.perf_counter()
     where = torch.device(device) if device is not None else _device_of(model)
-    samples = gather(calibration, "calibration")
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    in_file = budget is not None and where.type == "cpu"
+    samples = gather(calibration, "calibration", in_file=in_file)
     holdout = _holdout(recipe, len(samples)) if holdout is None else holdout
     _check_batch(recipe, len(samples) - holdout)
     captured = _captured(model, samples, where)
     together = images_together(captured, samples.select(slice(LARGEST_CLIP)).to(where))
     _check_together(together, recipe, {"calibration images": len(samples) - holdout, "held-out images": holdout})
+    network = Network(captured, _memory(captured, where, budget, recipe), together)
+    recipe = replace(recipe, calibration_batch=network.images_at_a_time(recipe.calibration_batch))
     folded, left = fold(captured)
     folded, left_norms = _reparameterized(split_attention(folded), samples, recipe)
     graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
@@ -302,11 +318,12 @@ def prepare(
     modules = partition(graph, "block")
     if recipe.granularity is not None:
         check_granularity([m.name for m in modules], recipe.granularity)
+    _check_memory(graph, modules, where, budget, recipe, together)
     calibrate(graph, samples, recipe)
     if BACKENDS[recipe.backend].integer_bias:
         make_room_for_biases(graph)
         end_grids_at_bounds(graph)
-    evaluation = None if evaluate is None else gather(evaluate, "evaluation")
+    evaluation = None if evaluate is None else gather(evaluate, "evaluation", in_file=in_file)
     reference = metrics = None
     if evaluation is not None:
         check_like(evaluation, samples, "evaluation")
@@ -330,6 +347,7 @@ def prepare(
         float_layers=_left_float(folded, recipe),
         seconds=time.perf_counter() - began,
         device=where,
+        memory=budget,
     )
 
 
@@ -350,10 +368,27 @@ def run(
         The runs, the asked-for one last, and its pass.
     """
     restore(prepared.graph, prepared.initial)
+    memory = _memory(prepared.graph, prepared.device, prepared.memory, recipe)
+    with Peak(prepared.device) as peak:
+        runs, kept = _run(prepared, recipe, memory, block, progress, progress_folder)
+    record = MemoryRecord(
+        memory.budget, memory.reserved, memory.most["device"], memory.most["host"], memory.most["file"], peak.bytes
+    )
+    return [replace(made, memory=record) for made in runs], kept
+
+
+def _run(
+    prepared: Prepared,
+    recipe: Recipe,
+    memory: Memory,
+    block: Pass | None,
+    progress: ProgressCallback | None,
+    progress_folder: Path | str | None,
+) -> tuple[list[Run], Pass]:
     if recipe.reconstruction is None or recipe.granularity is None:
-        measured = measure_pass(_job(prepared, recipe))
+        measured = measure_pass(_job(prepared, recipe, memory))
         return [_report(prepared, recipe, measured, measured.seconds)], measured
-    job = _job(prepared, recipe)
+    job = _job(prepared, recipe, memory)
     if progress_folder is None:
         return _reconstruct(prepared, recipe, recipe.granularity, job, block, progress)
     with open_journal(Path(progress_folder), _identity(prepared, job, block)) as journal:
@@ -595,7 +630,7 @@ def _identity(prepared: Prepared, job: Job, block: Pass | None) -> dict[str, Any
     names = [str(node.target) for node in prepared.graph.graph.nodes if node.op == "get_attr"]
     tensors = {name: getattr(prepared.graph, name) for name in names}
     return {
-        **_settings(job.recipe, prepared.device),
+        **_settings(job.recipe, prepared.device, prepared.memory),
         "fused kernels": job.fused,
         "model": {"structure": digest_of_text(prepared.graph.code), "tensors": digest_of(tensors)},
         "calibration": {
@@ -607,23 +642,27 @@ def _identity(prepared: Prepared, job: Job, block: Pass | None) -> dict[str, Any
     }
 
 
-def _settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def _settings(recipe: Recipe, device: torch.device, memory: int | None) -> dict[str, Any]:
     """Return the part of :func:`_identity` that is known before any work."""
     code = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py")))
     return {
         "recipe": recipe.to_dict(),
+        "memory budget": memory,
         "versions": versions(),
         "code of quiesce": digest_of_text(code),
         "hardware": hardware(device),
     }
 
 
-def _job(prepared: Prepared, recipe: Recipe) -> Job:
-    network = Network(prepared.graph)
+def _job(prepared: Prepared, recipe: Recipe, memory: Memory) -> Job:
+    network = Network(prepared.graph, memory, prepared.together)
     inputs = _inputs(network, prepared.samples)
     reconstruction = recipe.reconstruction
     fisher = None
     if reconstruction is not None and reconstruction.fisher:
+        # Room for the work on units is kept before Fisher weights take any.
+        needs = [Needs.of(network, module) for module in prepared.modules]
+        reserve(network.memory, needs, Sizes.of(recipe, prepared.together))
         generator = torch.Generator().manual_seed(recipe.seed)
         names = {
             n
@@ -643,6 +682,29 @@ def _job(prepared: Prepared, recipe: Recipe) -> Job:
         regularizer_weight=regularizer_weight(prepared.graph, recipe),
         fisher=fisher,
     )
+
+
+def _memory(graph: fx.GraphModule, device: torch.device, budget: int | None, recipe: Recipe) -> Memory:
+    """What a run may take: a stated budget, of which the network has its part, or most of what is free."""
+    host, narrow = _most_of(free_memory(torch.device("cpu"))), recipe.stream_dtype == "bf16"
+    if budget is None:
+        return Memory(device, _most_of(free_memory(device)), host, narrow=narrow)
+    memory = Memory(device, budget, host, stated=True, narrow=narrow)
+    state = sum(t.nbytes for quantizer in fake_quantizers(graph).values() for t in quantizer.buffers())
+    memory.hold("device", sum(t.nbytes for t in graph.buffers()) + SNAPSHOTS * state)
+    return memory
+
+
+def _check_memory(
+    graph: fx.GraphModule, modules: list[Unit], device: torch.device, budget: int | None, recipe: Recipe, together: int
+) -> None:
+    """Raise what a walk over the modules would raise for lack of memory, before anything slow is done."""
+    network = Network(graph, _memory(graph, device, budget, recipe))
+    reserve(network.memory, [Needs.of(network, module) for module in modules], Sizes.of(recipe, together))
+
+
+def _most_of(free: int | None) -> int | None:
+    return None if free is None else int((1 - SPARE) * free)
 
 
 def _inputs(network: Network, samples: Samples) -> Tensors:

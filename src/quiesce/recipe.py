@@ -29,6 +29,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     },
 }
 """Backends by name, and the settings that each demands."""
+STREAM_DTYPES = ("same", "bf16")
 ROUNDING_NAMES = ("adaround",)
 SOFTMAX_GRIDS = ("uniform", "log2", "log-sqrt2")
 GELU_GRIDS = ("uniform", "twin")
@@ -257,6 +258,8 @@ class Recipe:
     backend: str = "academic"
     calibration_batch: int = 64
     """Images per forward pass outside of optimization; changes memory and speed, not results."""
+    stream_dtype: str = "same"
+    """How activations of all images are kept between units: same (as they are computed) or bf16 (half of float32)."""
     weights: WeightRecipe = field(default_factory=WeightRecipe)
     activations: ActivationRecipe = field(default_factory=ActivationRecipe)
     layers: tuple[LayerOverride, ...] = ()
@@ -265,6 +268,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
+        _one_of("stream_dtype", self.stream_dtype, STREAM_DTYPES)
         check_kinds(self, "")
         _check(self.calibration_batch >= 1, f"calibration_batch is {self.calibration_batch}; give 1 or more.")
         _check(0 <= self.seed < 2**63, f"seed is {self.seed!r}; give a whole number from 0 to 2^63 − 1.")

@@ -40,6 +40,24 @@ class UnitRecord:
 
 
 @dataclass
+class MemoryRecord:
+    """Memory that a run was given and took on its device, in bytes. All passes of a run share one record."""
+
+    budget: int | None = None
+    """What was stated, or most of what was free; None where the system does not say."""
+    working: int = 0
+    """The part that was kept for computing."""
+    device: int = 0
+    """The most that was kept at a time: streams, Fisher weights, and with a stated budget the network."""
+    host: int = 0
+    """The most that was kept in host memory, where the device is another one."""
+    file: int = 0
+    """The most that was kept in temporary files."""
+    peak: int | None = None
+    """The most that was measured, above what was taken when the run began; None where it can't be."""
+
+
+@dataclass
 class Run:
     """One quantization of the network by one preset at one granularity."""
 
@@ -83,6 +101,7 @@ class Run:
     """Wall time of the block pass that this run relied on, part of ``seconds``; 0 if it needed none."""
     reused_seconds: float = 0.0
     """Optimization time saved by taking units over from the block pass."""
+    memory: MemoryRecord = field(default_factory=MemoryRecord)
 
 
 @dataclass
@@ -179,7 +198,8 @@ def _misfits(value: Any, kind: Any, path: str) -> Iterator[str]:
 
 
 def _run(data: dict[str, Any]) -> Run:
-    return Run(**{**data, "unit_records": [UnitRecord(**u) for u in data["unit_records"]]})
+    records = [UnitRecord(**u) for u in data["unit_records"]]
+    return Run(**{**data, "unit_records": records, "memory": MemoryRecord(**data.get("memory", {}))})
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
@@ -19,6 +19,7 @@ from quiesce.recipe import Recipe, ReconstructionRecipe
 from quiesce.reconstruct.guard import Guard, Trial
 from quiesce.reconstruct.journal import Journal
 from quiesce.reconstruct.optimize import Course, Problem, optimize
+from quiesce.reconstruct.plan import Needs, Sizes, reserve
 from quiesce.reconstruct.streams import Network, Streams, Tensors
 from quiesce.result import UnitRecord
 
@@ -50,6 +51,14 @@ class Job:
         """Return seconds, of which differences count: a unit that is taken over takes what it took at its time."""
         return time.perf_counter() + (0.0 if self.journal is None else self.journal.seconds)
 
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes.of(self.recipe, self.together)
+
+    def make_room(self, units: Iterable[Unit]) -> None:
+        """Keep memory for work on any of ``units``; raises ``MemoryLimitError`` if a stated budget does not suffice."""
+        reserve(self.network.memory, [Needs.of(self.network, unit) for unit in units], self.sizes)
+
     def learns(self, unit: Unit) -> bool:
         """False for a unit that is left float: it has nothing to optimize."""
         return self.network.learns(unit.start, unit.stop, self.reconstruction.learn_step_sizes)
@@ -76,6 +85,7 @@ class Pass:
 def measure_pass(job: Job) -> Pass:
     """Measure the network as it is now, optimizing nothing."""
     began = job.clock()
+    job.make_room(job.modules)
     walk = _Walk(job)
     for module in job.modules:
         walk.advance(module.stop)
@@ -87,6 +97,7 @@ def layer_pass(job: Job, layers: Sequence[Unit], progress: Progress) -> Pass:
     began = job.clock()
     steps = [job.reconstruction.steps * job.learns(layer) for layer in layers]
     progress.plan(sum(steps))
+    job.make_room(layers)
     restore(job.network.gm, job.initial)
     walk = _Walk(job)
     records = [
@@ -107,6 +118,7 @@ def module_pass(
     """
     began = job.clock()
     walk = _GroupWalk(job, progress, previous, guard)
+    job.make_room(walk.unit(group) for group in groups)
     restore(job.network.gm, job.initial if previous is None else previous.state)
     for position, group in enumerate(groups):
         walk.plan(groups[position:])
@@ -139,6 +151,7 @@ class _Walk:
                         "check the network on them, and its normalization of inputs."
                     )
                 self.losses.append(loss)
+        network.memory.trim()
 
     def optimize(self, unit: Unit, names: list[str], steps: int, warm: bool, progress: Progress) -> UnitRecord:
         """Optimize the unit that starts here, for no steps if it has nothing to learn, and move behind it.
@@ -251,12 +264,12 @@ class _GroupWalk(_Walk):
     def _reuse(self, group: list[int]) -> None:
         assert self.previous is not None
         record = self.previous.records[self.previous.groups.index(group)]
-        self.advance(self._unit(group).stop)
+        self.advance(self.unit(group).stop)
         self._keep(group, replace(record, reused=True))
 
     def _reconstruct(self, group: list[int]) -> None:
         """Optimize a group on the streams as they are; a merged unit starts from the previous pass if it may."""
-        unit = self._unit(group)
+        unit = self.unit(group)
         granularity = self.job.recipe.granularity
         warm = len(group) > 1 and self.previous is not None and granularity is not None and granularity.warm_start
         start = self.previous.state if warm and self.previous is not None else self.job.initial
@@ -267,7 +280,7 @@ class _GroupWalk(_Walk):
     def _try(self, group: list[int]) -> None:
         """Optimize a merged unit, and keep it only if the guard finds the network closer to its float self."""
         assert self.previous is not None and self.guard is not None
-        before, unit = self.streams, self._unit(group)
+        before, unit = self.streams, self.unit(group)
         held = len(self.losses)
         restore(extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop), self.previous.state)
         unmerged = self.guard.error_behind(before, unit.stop)
@@ -296,7 +309,7 @@ class _GroupWalk(_Walk):
         per_module = granularity is not None and granularity.steps_per_module
         return self.job.reconstruction.steps * (learning if per_module else min(learning, 1))
 
-    def _unit(self, group: list[int]) -> Unit:
+    def unit(self, group: list[int]) -> Unit:
         first, last = self.job.modules[group[0]], self.job.modules[group[-1]]
         layers = tuple(layer for i in group for layer in self.job.modules[i].layers)
         return Unit(" + ".join(self._names(group)), first.start, last.stop, layers)

@@ -39,6 +39,8 @@ def fisher_weights(
     """
     module, order = _with_taps(network, names)
     images = len(next(iter(inputs.values())))
+    # Everything that the network makes is kept for the way back, where gradients take as much again.
+    batch = network.memory.at_a_time(batch, 2 * network.row_bytes(n.name for n in network.nodes), 0, network.together)
     squares: dict[str, Rows] = {}
     sums: dict[str, Tensor] = {}
     for first in range(0, images, batch):

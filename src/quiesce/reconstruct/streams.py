@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from quiesce.graph.rewrite import device_of
 from quiesce.graph.unit import boundary, compute_nodes, extract
-from quiesce.memory import Memory, Rows
+from quiesce.memory import Memory, Rows, halved, is_out_of_memory
 from quiesce.oscillation.measure import squares
 from quiesce.quant.fake_quantize import WeightFakeQuantize, float_mode
 
@@ -18,13 +20,21 @@ Tensors = Mapping[str, Rows]
 """Tensors [images, ...] by node name, wherever they are."""
 
 
+TEMPORARIES = 4
+"""Tensors as large as its result that a node takes at most while it runs, this one included (a fake-quantizer does)."""
+
+
 class Network:
     """The captured network as a sequence of stretches that can be run one after another."""
 
-    def __init__(self, gm: fx.GraphModule, memory: Memory | None = None) -> None:
-        """What runs give is kept where ``memory`` has room; None: on the network's device."""
+    def __init__(self, gm: fx.GraphModule, memory: Memory | None = None, together: int = 1) -> None:
+        """What runs give is kept where ``memory`` has room; None: on the network's device.
+
+        Batches are multiples of ``together`` images.
+        """
         self.gm = gm
         self.memory = memory or Memory(device_of(gm) or torch.device("cpu"))
+        self.together = together
         self.nodes = compute_nodes(gm)
         self.inputs = tuple(n.name for n in gm.graph.nodes if n.op == "placeholder")
         output = next(n for n in gm.graph.nodes if n.op == "output")
@@ -32,6 +42,9 @@ class Network:
         self.executions = 0
         """Nodes run so far, a batch counted once: shows that cost grows linearly with depth."""
         self._last_use = self._find_last_use()
+        placed = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self._values = {n.name: n.meta.get("val") for n in (*placed, *self.nodes)}
+        self._captured_images = _hint(self._values[placed[0].name].shape[0])
 
     def _find_last_use(self) -> dict[str, int]:
         last: dict[str, int] = {}
@@ -39,6 +52,39 @@ class Network:
             for source in node.all_input_nodes:
                 last[source.name] = i
         return last | dict.fromkeys(self.outputs, len(self.nodes))
+
+    def last_use(self, name: str) -> int:
+        """Return the position of the last node that reads ``name``, -1 if none does, the end for an output."""
+        return self._last_use.get(name, -1)
+
+    def dtype(self, name: str) -> torch.dtype:
+        value: Tensor = self._values[name]
+        return value.dtype
+
+    def row_bytes(self, names: Iterable[str]) -> int:
+        """Return the bytes for one image of the tensors that these nodes make."""
+        return sum(
+            math.prod(map(_hint, t.shape)) * t.dtype.itemsize // self._captured_images
+            for name in names
+            for t in pytree.tree_leaves(self._values[name])
+            if isinstance(t, Tensor)
+        )
+
+    def images_at_a_time(self, batch: int, start: int = 0, stop: int | None = None) -> int:
+        """Return ``batch``, or so many images fewer that memory suffices to run ``[start, stop)`` on them."""
+        each = self.forward_bytes(start, self.end if stop is None else stop)
+        return self.memory.at_a_time(batch, each, 0, self.together)
+
+    def forward_bytes(self, start: int, stop: int) -> int:
+        """Return the bytes for one image that a forward pass of ``[start, stop)`` takes at most at a time."""
+        alive = {name: self.row_bytes([name]) for name in boundary(self.nodes, start, stop).inputs}
+        most = 0
+        for position in range(start, stop):
+            made = self.row_bytes([self.nodes[position].name])
+            most = max(most, sum(alive.values()) + TEMPORARIES * made)
+            alive[self.nodes[position].name] = made
+            alive = {n: size for n, size in alive.items() if self.last_use(n) > position}
+        return most
 
     @property
     def end(self) -> int:
@@ -61,15 +107,25 @@ class Network:
         ends = boundary(self.nodes, start, stop)
         images = len(next(iter(tensors.values())))
         made: dict[str, Rows] = {}
-        for first in range(0, images, batch):
-            self.executions += stop - start
+        first = 0
+        batch = self.images_at_a_time(batch, start, stop)
+        while first < images:
             inputs = [tensors[name][first : first + batch] for name in ends.inputs]
-            for name, values in zip(ends.outputs, _forward(module, inputs, quantized), strict=True):
+            try:
+                outputs = _forward(module, inputs, quantized)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or batch <= self.together:
+                    raise
+                batch = halved(batch, self.together)
+                continue
+            for name, values in zip(ends.outputs, outputs, strict=True):
                 if name not in made:
                     made[name] = self.memory.room(values, images * len(values) // min(batch, images))
                 at = first * len(made[name]) // images  # of a clip as a whole there are fewer rows than images
                 made[name][at : at + len(values)] = values
-        alive = {name: t for name, t in tensors.items() if self._last_use.get(name, -1) >= stop}
+            self.executions += stop - start
+            first += batch
+        alive = {name: t for name, t in tensors.items() if self.last_use(name) >= stop}
         return alive | made
 
     def output_error(self, outputs: Tensors, reference: Tensors) -> float:
@@ -80,6 +136,11 @@ class Network:
         sums = [squares(outputs[name], reference[name]) for name in self.outputs]
         noise, energy = sum(n for n, _ in sums), sum(e for _, e in sums)
         return noise / energy if energy > 0 else noise
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """The size that a dimension had when the network was captured."""
+    return size if isinstance(size, int) else int(size.node.hint)  # type: ignore[arg-type]
 
 
 def _forward(module: fx.GraphModule, inputs: list[Tensor], quantized: bool) -> tuple[Tensor, ...]:
