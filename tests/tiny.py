@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quiesce.graph.capture import interface_of
+from quiesce.memory import Memory
 from quiesce.oscillation.measure import ModuleLoss
 from quiesce.pipeline import Prepared, regularizer_weight
 from quiesce.recipe import Recipe
@@ -125,9 +126,9 @@ def recipe(preset: str = "qdrop-fast", **settings: object) -> Recipe:
     return Recipe.preset(preset, **{**small, **settings})
 
 
-def job(prepared: Prepared, settings: Recipe) -> Job:
-    """What passes over ``prepared`` share."""
-    network = Network(prepared.graph)
+def job(prepared: Prepared, settings: Recipe, memory: Memory | None = None) -> Job:
+    """What passes over ``prepared`` share; streams are kept in ``memory``, with no limit by default."""
+    network = Network(prepared.graph, memory)
     flat = interface_of(prepared.graph).flatten(prepared.samples.args, prepared.samples.kwargs)
     return Job(
         network=network,

@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +68,10 @@ class Stored:
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """Return rows on the working device: a copy, except for a slice of what lies there as it is worked with."""
-        rows = self.data[index] if isinstance(index, slice) else _selected(self.data, index.to(self.data.device))
-        return rows.to(self.device, self.dtype, memory_format=self.layout)
+        # From pinned memory a GPU copies while it computes.
+        pinned = self.device.type == "cuda"
+        rows = self.data[index] if isinstance(index, slice) else _selected(self.data, index, pinned)
+        return rows.to(self.device, non_blocking=True).to(self.dtype, memory_format=self.layout)
 
     def __setitem__(self, index: slice, values: Tensor) -> None:
         self.data[index] = values.to(self.data.device, self.data.dtype)
@@ -94,12 +95,14 @@ def behind(rows: Rows, first: int) -> Rows:
     return rows.behind(first) if isinstance(rows, Stored) else rows[first:]
 
 
-def _selected(rows: Tensor, index: Tensor) -> Tensor:
+def _selected(rows: Tensor, index: Tensor, pinned: bool = False) -> Tensor:
+    index = index.to(rows.device)
     size = math.prod(rows.shape[1:])
     strides = _row_strides(rows) if len(rows) and size else None
     if strides is None or rows.stride() != (size, *strides):  # rows with gaps, or interleaved
         return rows[index]
-    flat = rows.as_strided((len(rows), size), (size, 1)).index_select(0, index)
+    flat = torch.empty(len(index), size, dtype=rows.dtype, device=rows.device, pin_memory=pinned)
+    torch.index_select(rows.as_strided((len(rows), size), (size, 1)), 0, index, out=flat)
     return flat.as_strided((len(flat), *rows.shape[1:]), (size, *strides))
 
 
@@ -286,13 +289,13 @@ def _available() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def _left_of_cgroup() -> int | None:
+def _left_of_cgroup(system: Path = Path("/")) -> int | None:
     """What the limits of the process's control group (version 2 or 1) and of those around it leave; cache is free."""
     left = []
-    for line in _text("/proc/self/cgroup").splitlines():
+    for line in _text(system / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         names = ("memory.max", "memory.current", "inactive_file")
-        root = Path("/sys/fs/cgroup")
+        root = system / "sys/fs/cgroup"
         if number != "0":
             if "memory" not in controllers.split(","):
                 continue
@@ -307,7 +310,7 @@ def _left_of_cgroup() -> int | None:
     return min(left, default=None)
 
 
-def _text(path: Any) -> str:
+def _text(path: Path | str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError:

@@ -1,0 +1,110 @@
+"""Measure what a memory budget costs: peak memory, and processor and wall time, with streams in memory and in files.
+
+    pip install ".[models]"
+    python benchmarks/memory.py
+
+Each row is a process of its own: a torchvision network with random weights and random images is reconstructed for a few
+steps a block. Memory is the process's anonymous memory above what it took when the images were made. Rows alternate, so
+that whatever else the machine does falls on all of them. ``--plan`` only computes where the streams of a large run
+would go; nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from quiesce import Recipe
+from quiesce.memory import Memory, Peak, format_bytes, parse_bytes
+from quiesce.pipeline import prepare, run
+from quiesce.reconstruct.plan import Sizes, plan
+from quiesce.reconstruct.streams import Network
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="resnet18", help="a torchvision network")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--size", type=int, default=224, help="pixels of a side")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--budget", default="500MB", help="of the second row; the first has none")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plan", action="store_true", help="plan for --images on a GPU with --budget, batch 32")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.plan:
+        show_plan(arguments)
+    elif arguments.one:
+        print(json.dumps(measured(arguments, None if arguments.one == "none" else arguments.one)))
+    else:
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    rows: dict[str, list[dict[str, float]]] = {"none": [], arguments.budget: []}
+    for _ in range(arguments.repeats):
+        for budget, found in rows.items():
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--one", budget], capture_output=True, text=True, check=True
+            )
+            found.append(json.loads(done.stdout))
+            print(f"budget {budget}: {found[-1]}", flush=True)
+    for key in ("peak", "cpu_seconds", "wall_seconds"):
+        none, some = (statistics.median(r[key] for r in found) for found in rows.values())
+        shown = (format_bytes(none), format_bytes(some)) if key == "peak" else (f"{none:.1f}", f"{some:.1f}")
+        print(f"{key}: without {shown[0]}, with {shown[1]}, ratio {some / none:.3f}")
+
+
+def measured(arguments: argparse.Namespace, budget: str | None) -> dict[str, float]:
+    recipe = recipe_of(arguments)
+    images = torch.randn(arguments.images, 3, arguments.size, arguments.size)
+    model = network(arguments.network)
+    with Peak(torch.device("cpu")) as peak:
+        prepared = prepare(model, images, recipe, memory=budget)
+        cpu, wall = time.process_time(), time.perf_counter()
+        (report,), _ = run(prepared, recipe)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    assert peak.bytes is not None
+    return {"peak": peak.bytes, "cpu_seconds": cpu, "wall_seconds": wall, "file": report.memory.file}
+
+
+def show_plan(arguments: argparse.Namespace) -> None:
+    prepared = prepare(
+        network(arguments.network), torch.randn(2, 3, arguments.size, arguments.size), Recipe.preset("nearest")
+    )
+    memory = Memory(torch.device("cuda"), parse_bytes(arguments.budget), stated=True)
+    rows = plan(Network(prepared.graph, memory), prepared.modules, memory, arguments.images, Sizes(32, 64))
+    for row in rows:
+        places = ", ".join(f"{format_bytes(size)} {place}" for place, size in row.streams.items() if size)
+        print(f"{row.unit}: {format_bytes(row.working)} to work on {row.step_images} images; streams {places}")
+    print(f"most on the device: {format_bytes(max(row.device for row in rows))}")
+
+
+def network(name: str) -> torch.nn.Module:
+    import torchvision
+
+    torch.manual_seed(0)
+    model: torch.nn.Module = getattr(torchvision.models, name)(weights=None).eval()
+    return model
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    return Recipe.preset(
+        "qdrop",
+        steps=arguments.steps,
+        batch_size=arguments.batch,
+        calibration_batch=2 * arguments.batch,
+        weight_range="minmax",
+        activation_range="minmax",
+    )
+
+
+if __name__ == "__main__":
+    main()
