@@ -142,17 +142,24 @@ class Memory:
         """
         dtype = self.kept_as(like.dtype)
         size = math.prod(like.shape[1:])
-        shape, strides = (images, *like.shape[1:]), (size, *_row_strides(like))
         place = self.place(images * size * dtype.itemsize)
-        if place == "file":
-            data = mapped((images * size,), dtype).as_strided(shape, strides)
-        else:
-            device = self.device if place == "device" else torch.device("cpu")
-            data = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        try:
+            data = self._allocated(place, images * size, dtype)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            place = "file"  # there was less than the system said
+            data = self._allocated(place, images * size, dtype)
+        data = data.as_strided((images, *like.shape[1:]), (size, *_row_strides(like)))
         plain = place == "device" and dtype == like.dtype
         rows = data if plain else Stored(data, self.device, like.dtype)
-        self._count(rows, place, data.nbytes)
+        self._count(rows, place, images * size * dtype.itemsize)
         return rows
+
+    def _allocated(self, place: str, values: int, dtype: torch.dtype) -> Tensor:
+        if place == "file":
+            return mapped((values,), dtype)
+        return torch.empty(values, dtype=dtype, device=self.device if place == "device" else torch.device("cpu"))
 
     def kept_as(self, dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.narrow and dtype is torch.float32 else dtype

@@ -37,6 +37,8 @@ class UnitRecord:
     """Times that it went back some steps, as the loss was no longer finite, and on at a tenth of the rates."""
     resumed: bool = False
     """True when the unit was optimized before the run was interrupted and begun again."""
+    micro_batch: int | None = None
+    """Images that its steps worked on at a time, adding up to the same batch, where memory had no room for a batch."""
 
 
 @dataclass

@@ -20,8 +20,9 @@ from quiesce.quant.fake_quantize import (
 )
 from quiesce.quant.rounding import ROUNDINGS
 from quiesce.recipe import PRESETS, ReconstructionRecipe
+from quiesce.reconstruct.batches import Problem
 from quiesce.reconstruct.losses import squared_error
-from quiesce.reconstruct.optimize import Problem, optimize
+from quiesce.reconstruct.optimize import optimize
 from quiesce.reconstruct.streams import Network, Streams
 
 LEARNING = sorted(name for name, row in PRESETS.items() if row.reconstruction is not None)

@@ -15,7 +15,7 @@ from quiesce.graph.place import weight_layers
 from quiesce.graph.unit import Unit
 from quiesce.memory import Rows
 
-IMAGES_AT_ONCE = 32
+IMAGES_AT_ONCE = 8
 """Images of a stream that are compared at a time."""
 
 

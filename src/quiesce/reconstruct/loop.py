@@ -9,17 +9,19 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
-from quiesce.errors import ModelError
+from quiesce.errors import MemoryLimitError, ModelError
 from quiesce.graph.unit import Unit, boundary, extract
+from quiesce.memory import halved, is_out_of_memory
 from quiesce.oscillation.granularity import Groups
 from quiesce.oscillation.measure import ModuleLoss, module_loss
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore, snapshot
 from quiesce.recipe import Recipe, ReconstructionRecipe
+from quiesce.reconstruct.batches import Problem
 from quiesce.reconstruct.guard import Guard, Trial
 from quiesce.reconstruct.journal import Journal
-from quiesce.reconstruct.optimize import Course, Problem, optimize
-from quiesce.reconstruct.plan import Needs, Sizes, reserve
+from quiesce.reconstruct.optimize import Course, optimize
+from quiesce.reconstruct.plan import Needs, Sizes, reserve, step_images
 from quiesce.reconstruct.streams import Network, Streams, Tensors
 from quiesce.result import UnitRecord
 
@@ -165,8 +167,9 @@ class _Walk:
         record = None if journal is None else journal.take_over(module, extent)
         if record is None:
             began = time.perf_counter()
-            course = self._learn(unit, steps, warm, progress) if steps else Course([])
-            record = UnitRecord(names, steps, time.perf_counter() - began, course.curve, returns=course.returns)
+            course, images = self._learn(unit, steps, warm, progress) if steps else (Course([]), None)
+            seconds = time.perf_counter() - began
+            record = UnitRecord(names, steps, seconds, course.curve, returns=course.returns, micro_batch=images)
             if journal is not None:
                 journal.commit(module, extent, record)
         else:
@@ -174,10 +177,36 @@ class _Walk:
         self.advance(unit.stop)
         return record
 
-    def _learn(self, unit: Unit, steps: int, warm: bool, progress: Progress) -> Course:
+    def _learn(self, unit: Unit, steps: int, warm: bool, progress: Progress) -> tuple[Course, int | None]:
+        """Optimize on as many images at a time as memory has room for, and tell how many if that is not a batch."""
+        job, memory = self.job, self.job.network.memory
+        problem = self._problem(unit)
+        before, batch = snapshot(problem.module), job.reconstruction.batch_size
+        images = step_images(memory, Needs.of(job.network, unit), job.sizes)
+        while True:
+            done = progress.done
+            try:
+                course = self._optimize(problem, unit, steps, warm, progress, images)
+                return course, None if images == batch else images
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if images <= job.together:
+                    raise MemoryLimitError(
+                        f"unit {unit.name} does not fit the memory of {memory.device}, even at {images} images at a "
+                        "time; free some, or choose smaller units."
+                    ) from error
+            # Outside of the handler, where nothing holds the tensors of the failed step any more.
+            images = halved(images, job.together)
+            restore(problem.module, before)
+            progress.plan(progress.done - done)
+
+    def _optimize(
+        self, problem: Problem, unit: Unit, steps: int, warm: bool, progress: Progress, micro_batch: int
+    ) -> Course:
         job = self.job
         return optimize(
-            self._problem(unit),
+            problem,
             job.reconstruction,
             steps=steps,
             regularizer_weight=job.regularizer_weight,
@@ -186,6 +215,7 @@ class _Walk:
             seed=(job.recipe.seed * 1_000_003 + unit.start) % 2**63,
             on_step=progress.tick,
             fused=job.fused,
+            micro_batch=micro_batch,
         )
 
     def _problem(self, unit: Unit) -> Problem:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.errors import ModelError
-from quiesce.memory import Rows, take
 from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, Drop, WeightFakeQuantize
 from quiesce.quant.kernels import NO_CLIP
 from quiesce.quant.rounding.rounding import Rounding
 from quiesce.recipe import ReconstructionRecipe
+from quiesce.reconstruct.batches import Batch, Batches, Problem
 from quiesce.reconstruct.fuse import Clip, without_clips
 from quiesce.reconstruct.losses import squared_error, weighted_squared_error
 
@@ -35,30 +35,6 @@ SLOWER = 0.1
 """Factor on the learning rates after going back."""
 MOST_RETURNS = 3
 """Times that a unit goes back before it is given up."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A unit with what it is fed and what it should return: tensors [images, ...], in the module's order.
-
-    An input that both streams share is the same object in both lists.
-    """
-
-    module: fx.GraphModule
-    images: int
-    """The first ones are optimized on; tensors may hold more."""
-    quantized_inputs: list[Rows]
-    float_inputs: list[Rows]
-    targets: list[Rows]
-    weights: list[Rows] | None = None
-    """Fisher weights of the targets, or None."""
-    together: int = 1
-    """Neighbouring images that stay together in every batch."""
-    name: str = "unit"
-
-    @property
-    def device(self) -> torch.device:
-        return self.targets[0].device
 
 
 @dataclass(frozen=True)
@@ -81,11 +57,13 @@ def optimize(
     seed: int,
     on_step: Callable[[], None],
     fused: bool = False,
+    micro_batch: int | None = None,
 ) -> Course:
     """Learn the unit's state in place and harden it.
 
     The unit must have something to learn (:meth:`~quiesce.reconstruct.streams.Network.learns`). ``fused`` runs
-    elementwise maths as compiled kernels (:mod:`quiesce.quant.kernels`).
+    elementwise maths as compiled kernels (:mod:`quiesce.quant.kernels`). A step works on ``micro_batch`` images at a
+    time (None: all of its batch).
 
     Raises:
         ModelError: the loss is not finite, however small the learning rates; the unit is hardened as it was before.
@@ -98,7 +76,9 @@ def optimize(
         problem = replace(problem, module=module)
     learned = Learned.attach(problem.module, recipe, warm, drop, fused=fused, clips=clips)
     try:
-        return _run(Step(problem, recipe, learned, drop, regularizer_weight, steps), seed, steps, on_step)
+        with Batches(problem) as batches:
+            step = Step(problem, recipe, learned, drop, regularizer_weight, steps, batches, micro_batch)
+            return _run(step, seed, steps, on_step)
     finally:
         learned.harden()
 
@@ -160,7 +140,12 @@ class Step:
         drop: Drop | None,
         regularizer_weight: float,
         steps: int,
+        batches: Batches,
+        micro_batch: int | None = None,
     ) -> None:
+        self.batches = batches
+        self.micro_batch = micro_batch or recipe.batch_size
+        """Images that are worked on at a time."""
         self.problem, self.recipe, self.learned, self.drop, self.steps = problem, recipe, learned, drop, steps
         self.roundings = learned.roundings()
         self.rounding_optimizers = _adam([r.V for r in self.roundings], recipe.rounding_lr)
@@ -174,12 +159,22 @@ class Step:
         self.betas = like.new_tensor([_beta(t, steps, recipe) for t in range(steps)])
         self.regularizer_weight = like.new_tensor(regularizer_weight)
 
-    def take(self, step: int, images: Tensor) -> Tensor:
-        """Take step number ``step`` on ``images`` (their numbers), and return the reconstruction loss before it."""
+    def take(self, step: int, images: Tensor, following: Tensor | None = None) -> Tensor:
+        """Take step number ``step`` on ``images`` (their numbers), and return the reconstruction loss before it.
+
+        Gradients of parts of the batch add up to the batch's, as losses are means over images. ``following`` are the
+        images of the next step.
+        """
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(step, images)
-        loss.backward()  # type: ignore[no-untyped-call]
+        parts = torch.split(images, self.micro_batch)  # type: ignore[no-untyped-call]
+        total = torch.zeros_like(self.regularizer_weight)
+        for part, behind in zip(parts, [*parts[1:], following], strict=True):
+            loss = self.loss(step, self.batches.of(part, None if behind is None else behind[: self.micro_batch]))
+            if len(parts) > 1:
+                loss = loss * (len(part) / len(images))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
         if step >= self.warmup:
             for rounding in self.roundings:
                 rounding.add_penalty(self.betas[step], self.regularizer_weight)
@@ -187,25 +182,23 @@ class Step:
         for optimizer in self._optimizers:
             optimizer.step()
         self._keep_positive()
-        return loss.detach()
+        return total
 
-    def loss(self, step: int, images: Tensor) -> Tensor:
-        """Return the reconstruction loss on ``images`` with the draws of ``step``."""
-        problem, drop = self.problem, self.drop
+    def loss(self, step: int, batch: Batch) -> Tensor:
+        """Return the reconstruction loss on ``batch`` with the draws of ``step``."""
+        drop = self.drop
         if drop is not None:
-            drop.draws.begin(self.numbers[step], images)
+            drop.draws.begin(self.numbers[step], batch.images)
         inputs = []
         # Activations are numbered 0, 1, …, and inputs −1, −2, …
-        for i, (q, f) in enumerate(zip(problem.quantized_inputs, problem.float_inputs, strict=True)):
-            inputs.append(
-                take(q, images) if drop is None or q is f else drop.mix(-1 - i, take(q, images), take(f, images))
-            )
+        for i, (q, f) in enumerate(zip(batch.quantized_inputs, batch.float_inputs, strict=True)):
+            inputs.append(q if drop is None or q is f else drop.mix(-1 - i, q, f))
         total = []
-        for i, (output, target) in enumerate(zip(problem.module(*inputs), problem.targets, strict=True)):
-            if problem.weights is None:
-                total.append(squared_error(output, take(target, images)))
+        for i, (output, target) in enumerate(zip(self.problem.module(*inputs), batch.targets, strict=True)):
+            if batch.weights is None:
+                total.append(squared_error(output, target))
             else:
-                total.append(weighted_squared_error(output, take(target, images), take(problem.weights[i], images)))
+                total.append(weighted_squared_error(output, target, batch.weights[i]))
         return total[0] if len(total) == 1 else torch.stack(total).sum()
 
     def state(self) -> dict[str, Any]:
@@ -249,7 +242,8 @@ def _run(step: Step, seed: int, steps: int, on_step: Callable[[], None]) -> Cour
     good, state, returns, number = 0, step.state(), 0, 0
     reported = 0
     while number < steps:
-        losses[number].copy_(step.take(number, order[number]))
+        following = order[number + 1] if number + 1 < steps else None
+        losses[number].copy_(step.take(number, order[number], following))
         number += 1
         if number > reported:
             on_step()
@@ -281,12 +275,11 @@ def _adam(variables: list[Tensor], rate: float) -> list[torch.optim.Adam]:
 
 
 def _batch_order(problem: Problem, steps: int, batch_size: int, seed: int) -> Tensor:
-    """Indices [steps, batch_size] of the images of each step, none twice in a step; neighbours ``together``."""
-    where, together = problem.device, problem.together
-    generator = torch.Generator(device=where).manual_seed(seed)
+    """Indices [steps, batch_size], on the CPU, of each step's images, none twice in a step; neighbours ``together``."""
+    together, generator = problem.together, torch.Generator().manual_seed(seed)
     clips, size = problem.images // together, batch_size // together
-    draws = torch.stack([torch.randperm(clips, generator=generator, device=where)[:size] for _ in range(steps)])
-    return (draws.unsqueeze(-1) * together + torch.arange(together, device=where)).flatten(1)
+    draws = torch.stack([torch.randperm(clips, generator=generator)[:size] for _ in range(steps)])
+    return (draws.unsqueeze(-1) * together + torch.arange(together)).flatten(1)
 
 
 def _beta(step: int, steps: int, recipe: ReconstructionRecipe) -> float:

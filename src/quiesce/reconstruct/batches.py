@@ -1,0 +1,122 @@
+"""Batches of a unit's tensors: gathered for the step at hand, and by a thread for the next one while it runs."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from quiesce.memory import Rows, Stored, take
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A unit with what it is fed and what it should return: tensors [images, ...], in the module's order.
+
+    An input that both streams share is the same object in both lists.
+    """
+
+    module: fx.GraphModule
+    images: int
+    """The first ones are optimized on; tensors may hold more."""
+    quantized_inputs: list[Rows]
+    float_inputs: list[Rows]
+    targets: list[Rows]
+    weights: list[Rows] | None = None
+    """Fisher weights of the targets, or None."""
+    together: int = 1
+    """Neighbouring images that stay together in every batch."""
+    name: str = "unit"
+
+    @property
+    def device(self) -> torch.device:
+        return self.targets[0].device
+
+    @property
+    def rows(self) -> list[Rows]:
+        return [*self.quantized_inputs, *self.float_inputs, *self.targets, *(self.weights or [])]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a problem's tensors for some images, on the working device."""
+
+    images: Tensor
+    """Their numbers."""
+    quantized_inputs: list[Tensor]
+    float_inputs: list[Tensor]
+    targets: list[Tensor]
+    weights: list[Tensor] | None
+
+    @classmethod
+    def of(cls, problem: Problem, images: Tensor) -> Batch:
+        """Gather the rows of ``images``, numbers [batch] on the CPU; each tensor once."""
+        rows = {id(r): r for r in problem.rows}
+        taken = {key: take(r, images) for key, r in rows.items()}
+        quantized, unquantized, targets, weights = (
+            [taken[id(r)] for r in group]
+            for group in (problem.quantized_inputs, problem.float_inputs, problem.targets, problem.weights or [])
+        )
+        return cls(
+            images.to(problem.device), quantized, unquantized, targets, None if problem.weights is None else weights
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.images, *self.quantized_inputs, *self.float_inputs, *self.targets, *(self.weights or [])]
+
+
+Fetched = tuple[Batch, torch.cuda.Event | None]
+
+
+class Batches:
+    """Batches of a problem, one after another; used in a ``with`` block, which ends the thread.
+
+    Where a tensor is not on the device as it is worked with, the next batch is gathered while one is in use. On a GPU
+    it is copied there beside the step, on a stream of its own.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._pool = ThreadPoolExecutor(1) if any(isinstance(r, Stored) for r in problem.rows) else None
+        self._next: dict[tuple[int, int], Future[Fetched]] = {}
+        self._stream = None
+        if self._pool is not None and problem.device.type == "cuda":
+            self._stream = torch.cuda.Stream(problem.device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(problem.device))  # what wrote the tensors
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def of(self, images: Tensor, following: Tensor | None = None) -> Batch:
+        """Return the batch of ``images`` (views of one tensor that stays); then gather that of ``following``."""
+        if self._pool is None:
+            return Batch.of(self.problem, images)
+        waiting = self._next.pop(_key(images), None) or self._pool.submit(self._fetch, images)
+        batch, copied = waiting.result()
+        self._next = {} if following is None else {_key(following): self._pool.submit(self._fetch, following)}
+        if copied is not None:
+            running = torch.cuda.current_stream(self.problem.device)
+            running.wait_event(copied)
+            for tensor in batch.tensors:
+                tensor.record_stream(running)
+        return batch
+
+    def _fetch(self, images: Tensor) -> Fetched:
+        if self._stream is None:
+            return Batch.of(self.problem, images), None
+        with torch.cuda.stream(self._stream):
+            batch = Batch.of(self.problem, images)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        return batch, copied
+
+
+def _key(images: Tensor) -> tuple[int, int]:
+    return images.data_ptr(), len(images)
