@@ -167,7 +167,7 @@ class Step:
         """
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-        parts = torch.split(images, self.micro_batch)  # type: ignore[no-untyped-call]
+        parts = torch.split(images, self.micro_batch)
         total = torch.zeros_like(self.regularizer_weight)
         for part, behind in zip(parts, [*parts[1:], following], strict=True):
             loss = self.loss(step, self.batches.of(part, None if behind is None else behind[: self.micro_batch]))
