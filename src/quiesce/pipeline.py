@@ -40,7 +40,7 @@ from quiesce.graph.place import (
 )
 from quiesce.graph.rewrite import device_of, follow_tensors
 from quiesce.graph.unit import Unit, boundary
-from quiesce.memory import SPARE, Memory, Peak, Stored, free_memory, parse_bytes
+from quiesce.memory import SPARE, Memory, Peak, Rows, Stored, free_memory, parse_bytes
 from quiesce.oscillation.capacity import modcap
 from quiesce.oscillation.measure import ModuleLoss, summarize
 from quiesce.precision.assignment import Budget, MixedPrecision, mixed_precision
@@ -654,7 +654,8 @@ def _settings(recipe: Recipe, device: torch.device, memory: int | None) -> dict[
     }
 
 
-def _job(prepared: Prepared, recipe: Recipe, memory: Memory) -> Job:
+def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None) -> Job:
+    """``memory`` keeps what passes carry; None sets no limit."""
     network = Network(prepared.graph, memory, prepared.together)
     inputs = _inputs(network, prepared.samples)
     reconstruction = recipe.reconstruction
@@ -710,13 +711,14 @@ def _most_of(free: int | None) -> int | None:
 def _inputs(network: Network, samples: Samples) -> Tensors:
     """Return the samples by the names of the network's inputs, where they are: they are moved when they are read."""
     flat = interface_of(network.gm).flatten(samples.args, samples.kwargs)
-    device = network.memory.device
-    return {name: Stored(t, device, t.dtype, _layout(t)) for name, t in zip(network.inputs, flat, strict=True)}
+    return {name: _read_from(t, network.memory.device) for name, t in zip(network.inputs, flat, strict=True)}
 
 
-def _layout(tensor: Tensor) -> torch.memory_format:
-    """Images with channels last in memory: convolutions, depthwise ones above all, are several times faster so."""
-    return torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+def _read_from(tensor: Tensor, device: torch.device) -> Rows:
+    """Images get channels last in memory: convolutions, depthwise ones above all, are several times faster so."""
+    if tensor.ndim == 4:
+        return Stored(tensor, device, tensor.dtype, torch.channels_last)
+    return tensor if tensor.device == device else Stored(tensor, device, tensor.dtype)
 
 
 def _finest(recipe: Recipe) -> str:

@@ -140,12 +140,12 @@ class Step:
         drop: Drop | None,
         regularizer_weight: float,
         steps: int,
-        batches: Batches,
+        batches: Batches | None = None,
         micro_batch: int | None = None,
     ) -> None:
-        self.batches = batches
+        """``micro_batch`` images are worked on at a time, None: all of a batch; ``batches`` gathers them ahead."""
+        self.batches = batches or Batches(problem)
         self.micro_batch = micro_batch or recipe.batch_size
-        """Images that are worked on at a time."""
         self.problem, self.recipe, self.learned, self.drop, self.steps = problem, recipe, learned, drop, steps
         self.roundings = learned.roundings()
         self.rounding_optimizers = _adam([r.V for r in self.roundings], recipe.rounding_lr)
