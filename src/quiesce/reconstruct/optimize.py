@@ -154,10 +154,10 @@ class Step:
         self.slowness = 1.0
         """Factor on the learning rates."""
         self.warmup = int(recipe.warmup * steps) if regularizer_weight > 0 else steps
-        like = problem.targets[0]
-        self.numbers = torch.arange(steps, device=problem.device)
-        self.betas = like.new_tensor([_beta(t, steps, recipe) for t in range(steps)])
-        self.regularizer_weight = like.new_tensor(regularizer_weight)
+        device, dtype = problem.device, problem.targets[0].dtype
+        self.numbers = torch.arange(steps, device=device)
+        self.betas = torch.tensor([_beta(t, steps, recipe) for t in range(steps)], dtype=dtype, device=device)
+        self.regularizer_weight = torch.tensor(regularizer_weight, dtype=dtype, device=device)
 
     def take(self, step: int, images: Tensor, following: Tensor | None = None) -> Tensor:
         """Take step number ``step`` on ``images`` (their numbers), and return the reconstruction loss before it.
