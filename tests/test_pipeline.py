@@ -38,7 +38,7 @@ def without_times(result: Result) -> Any:
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if not k.endswith("seconds")}
+            return {k: strip(v) for k, v in value.items() if not k.endswith("seconds") and k != "memory"}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
     return strip(data)

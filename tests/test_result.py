@@ -63,7 +63,9 @@ def test_what_a_reader_must_know_comes_with_every_run() -> None:
         "seconds": 1.5,
         "loss_curve": [],
         "reused": True,
+        "returns": 0,
         "resumed": False,
+        "micro_batch": None,
     }
 
 

@@ -166,7 +166,7 @@ def same_state(first: dict[str, Tensor], second: dict[str, Tensor], *prefixes: s
 
 
 def without_times(result: Result) -> Result:
-    """The result with every duration set to 0 and no word of interruptions and memory, to compare two runs."""
+    """The result without durations and memory, and with no word of interruptions, to compare two runs."""
     runs = []
     for run in result.runs:
         records = [dataclasses.replace(r, seconds=0.0, resumed=False) for r in run.unit_records]

@@ -60,6 +60,11 @@ class Stored:
     def ndim(self) -> int:
         return self.data.ndim
 
+    @property
+    def near(self) -> bool:
+        """True for what is on the device as it is worked with, but for its layout."""
+        return self.data.device == self.device and self.layout is not torch.preserve_format
+
     def __len__(self) -> int:
         return len(self.data)
 

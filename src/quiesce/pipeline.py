@@ -40,7 +40,7 @@ from quiesce.graph.place import (
 )
 from quiesce.graph.rewrite import device_of, follow_tensors
 from quiesce.graph.unit import Unit, boundary
-from quiesce.memory import SPARE, Memory, Peak, Stored, free_memory, parse_bytes
+from quiesce.memory import SPARE, Memory, Peak, Rows, Stored, free_memory, parse_bytes
 from quiesce.oscillation.capacity import modcap
 from quiesce.oscillation.measure import ModuleLoss, summarize
 from quiesce.precision.assignment import Budget, MixedPrecision, mixed_precision
@@ -236,10 +236,11 @@ def quantize(
         QuiesceError: one sentence on what is wrong with the model, the data or the recipe, or that ``progress_folder``
             is of another run.
     """
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
     if progress_folder is not None:
         where = torch.device(device) if device is not None else _device_of(model)
-        check_same_run(Path(progress_folder), _settings(recipe, where))
-    prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, memory=memory, name=name)
+        check_same_run(Path(progress_folder), _settings(recipe, where, budget))
+    prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, memory=budget, name=name)
     runs, _ = run(prepared, recipe, progress=progress, progress_folder=progress_folder, fused=fused)
     return QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, preprocessing)
 
@@ -378,7 +379,7 @@ def run(
     memory = _memory(prepared.graph, prepared.device, prepared.memory, recipe)
     with Peak(prepared.device) as peak:
         job = _job(prepared, recipe, memory, fused)
-        runs, kept = _run(prepared, recipe, job, block, Progress(progress), progress_folder)
+        runs, kept = _run(prepared, recipe, job, block, progress, progress_folder)
     record = MemoryRecord(
         memory.budget, memory.reserved, memory.most["device"], memory.most["host"], memory.most["file"], peak.bytes
     )
@@ -390,21 +391,27 @@ def _run(
     recipe: Recipe,
     job: Job,
     block: Pass | None,
-    counter: Progress,
+    progress: ProgressCallback | None,
     progress_folder: Path | str | None,
 ) -> tuple[list[Run], Pass]:
     if recipe.reconstruction is None or recipe.granularity is None:
         measured = measure_pass(job)
         return [_report(prepared, recipe, measured, measured.seconds)], measured
     if progress_folder is None:
-        return _reconstruct(prepared, recipe, recipe.granularity, job, block, counter)
+        return _reconstruct(prepared, recipe, recipe.granularity, job, block, progress)
     with open_journal(Path(progress_folder), _identity(prepared, job, block)) as journal:
-        return _reconstruct(prepared, recipe, recipe.granularity, replace(job, journal=journal), block, counter)
+        return _reconstruct(prepared, recipe, recipe.granularity, replace(job, journal=journal), block, progress)
 
 
 def _reconstruct(
-    prepared: Prepared, recipe: Recipe, granularity: GranularityRecipe, job: Job, block: Pass | None, counter: Progress
+    prepared: Prepared,
+    recipe: Recipe,
+    granularity: GranularityRecipe,
+    job: Job,
+    block: Pass | None,
+    progress: ProgressCallback | None,
 ) -> tuple[list[Run], Pass]:
+    counter = Progress(progress)
     if granularity.method == "layer":
         done = layer_pass(job, partition(prepared.graph, "layer"), counter)
         return [_report(prepared, recipe, done, done.seconds)], done
@@ -631,9 +638,8 @@ def _identity(prepared: Prepared, job: Job, block: Pass | None) -> dict[str, Any
     names = [str(node.target) for node in prepared.graph.graph.nodes if node.op == "get_attr"]
     tensors = {name: getattr(prepared.graph, name) for name in names}
     return {
-        **_settings(job.recipe, prepared.device),
+        **_settings(job.recipe, prepared.device, prepared.memory),
         "fused kernels": job.kernels == "fused",
-        "memory": prepared.memory,
         "model": {"structure": digest_of_text(prepared.graph.code), "tensors": digest_of(tensors)},
         "calibration": {
             "images": len(prepared.samples),
@@ -644,18 +650,20 @@ def _identity(prepared: Prepared, job: Job, block: Pass | None) -> dict[str, Any
     }
 
 
-def _settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def _settings(recipe: Recipe, device: torch.device, memory: int | None) -> dict[str, Any]:
     """Return the part of :func:`_identity` that is known before any work."""
     code = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py")))
     return {
         "recipe": recipe.to_dict(),
+        "memory budget": memory,
         "versions": versions(),
         "code of quiesce": digest_of_text(code),
         "hardware": hardware(device),
     }
 
 
-def _job(prepared: Prepared, recipe: Recipe, memory: Memory, fused: bool | None = False) -> Job:
+def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fused: bool | None = False) -> Job:
+    """``memory`` keeps what passes carry; None sets no limit."""
     network = Network(prepared.graph, memory, prepared.together)
     inputs = _inputs(network, prepared.samples)
     reconstruction = recipe.reconstruction
@@ -727,13 +735,14 @@ def _most_of(free: int | None) -> int | None:
 def _inputs(network: Network, samples: Samples) -> Tensors:
     """Return the samples by the names of the network's inputs, where they are: they are moved when they are read."""
     flat = interface_of(network.gm).flatten(samples.args, samples.kwargs)
-    device = network.memory.device
-    return {name: Stored(t, device, t.dtype, _layout(t)) for name, t in zip(network.inputs, flat, strict=True)}
+    return {name: _read_from(t, network.memory.device) for name, t in zip(network.inputs, flat, strict=True)}
 
 
-def _layout(tensor: Tensor) -> torch.memory_format:
-    """Images with channels last in memory: convolutions, depthwise ones above all, are several times faster so."""
-    return torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+def _read_from(tensor: Tensor, device: torch.device) -> Rows:
+    """Images get channels last in memory: convolutions, depthwise ones above all, are several times faster so."""
+    if tensor.ndim == 4:
+        return Stored(tensor, device, tensor.dtype, torch.channels_last)
+    return tensor if tensor.device == device else Stored(tensor, device, tensor.dtype)
 
 
 def _finest(recipe: Recipe) -> str:

@@ -32,7 +32,7 @@ from quiesce.quant.fake_quantize import (
     snapshot,
 )
 from quiesce.recipe import Recipe
-from quiesce.reconstruct.batches import Batch, Batches, Problem
+from quiesce.reconstruct.batches import Batch, Problem
 from quiesce.reconstruct.loop import _Walk
 from quiesce.reconstruct.losses import squared_error
 from quiesce.reconstruct.optimize import Learned, Step, optimize
@@ -223,9 +223,9 @@ def block_type(gm: fx.GraphModule, unit: Unit) -> str:
 
 @torch.no_grad()
 def loss_of(problem: Problem) -> float:
-    batch = Batch.of(problem, torch.arange(problem.images))
-    outputs = problem.module(*batch.quantized_inputs)
-    return sum(float(squared_error(o, t)) for o, t in zip(outputs, batch.targets, strict=True))
+    outputs = problem.module(*(rows[: problem.images] for rows in problem.quantized_inputs))
+    pairs = zip(outputs, problem.targets, strict=True)
+    return sum(float(squared_error(o, rows[: problem.images])) for o, rows in pairs)
 
 
 def floor_of(problem: Problem) -> float:
@@ -242,7 +242,7 @@ def check_gradients(problem: Problem, prepared: Prepared, settings: Recipe, entr
     learned = Learned.attach(problem.module, settings.reconstruction, False, drop)
     names = {id(q): n for n, q in fake_quantizers(prepared.graph).items()}
     try:
-        step = Step(problem, settings.reconstruction, learned, drop, 0.0, 1, Batches(problem))
+        step = Step(problem, settings.reconstruction, learned, drop, 0.0, 1)
         step.loss(0, Batch.of(problem, torch.arange(BATCH))).backward()
         gradients = {names[id(q)]: q.rounding.V.grad for q in learned.weights if q.rounding is not None}
         gradients |= {names[id(q)]: q.scale.grad for q in learned.activations}

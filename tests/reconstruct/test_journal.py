@@ -47,9 +47,9 @@ def interrupted(prepared: Prepared, folder: Path, units: int, chosen: Recipe = L
 
 def comparable(runs: list[Run]) -> list[Run]:
     """Runs without what tells of time and interruptions."""
-    times = {"seconds": 0.0, "block_seconds": 0.0, "reused_seconds": 0.0, "memory": MemoryRecord()}
+    others = {"seconds": 0.0, "block_seconds": 0.0, "reused_seconds": 0.0, "memory": MemoryRecord()}
     return [
-        replace(r, **times, unit_records=[replace(u, seconds=0.0, resumed=False) for u in r.unit_records])  # type: ignore
+        replace(r, **others, unit_records=[replace(u, seconds=0.0, resumed=False) for u in r.unit_records])  # type: ignore
         for r in runs
     ]
 
@@ -272,15 +272,21 @@ class TestFolder:
         assert not (tmp_path / "p").exists()
 
 
+DIGITS = 100
+
+
 @pytest.fixture
 def small_files(finished: Path) -> Iterator[int]:
-    """Let the system refuse files as large as the first entry that is larger than all before; yield its number."""
+    """Let the system refuse files as large as the first entry that is larger than all before; yield its number.
+
+    Larger by more than the digits of seconds, which differ from run to run.
+    """
     sizes = [path.stat().st_size for path in sorted(finished.glob("0*"))]
     refused = next(
-        i for i, size in enumerate(sizes) if size > max([*sizes[:i], (finished / "run.json").stat().st_size])
+        i for i, size in enumerate(sizes) if size > DIGITS + max([*sizes[:i], (finished / "run.json").stat().st_size])
     )
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[refused] - 1, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[refused] - DIGITS // 2, hard))
     yield refused
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from quiesce.errors import MemoryLimitError
 from quiesce.graph.partition import partition
 from quiesce.memory import Memory
 from quiesce.pipeline import Prepared, _job, prepare, run
@@ -101,3 +105,82 @@ def test_the_plan_is_what_a_walk_does(budget: int | None) -> None:
     assert planned.most == walked.most
     assert [row.streams for row in rows] == [held for held in seen if held in [row.streams for row in rows]]
     assert [row.unit for row in rows] == [m.name for m in prepared.modules]
+
+
+BUDGETED = """
+import sys, torch
+from quiesce.memory import Peak
+from quiesce.pipeline import prepare, run
+from tiny import Chain, images, recipe
+
+prepare(Chain(1), images(8), recipe())  # what torch loads when it is first used is no part of the run
+settings = recipe(batch_size=4, steps=3, calibration_batch=8)
+calibration = images(256, size=64)
+memory = None if sys.argv[1] == "none" else sys.argv[1]
+with Peak(torch.device("cpu")) as peak:
+    prepared = prepare(Chain(2, channels=32), calibration, settings, memory=memory)
+    (report,), done = run(prepared, settings)
+print(peak.bytes, report.memory.file, hash(tuple(done.state["stem_weight_quantizer.quantized"].flatten().tolist())))
+"""
+
+
+def test_a_run_stays_within_its_budget() -> None:
+    found = {}
+    for budget in ("none", "200MB"):
+        done = subprocess.run(
+            [sys.executable, "-c", BUDGETED, budget],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found[budget] = [int(word) for word in done.stdout.split()]
+    assert found["200MB"][0] < 200 * 10**6 < 400 * 10**6 < found["none"][0]
+    assert found["none"][1] == 0 < 400 * 10**6 < found["200MB"][1]
+    assert found["200MB"][2] == found["none"][2]
+
+
+def test_a_budget_that_nothing_fits_is_refused_before_anything_is_done() -> None:
+    with pytest.raises(MemoryLimitError, match=r"a memory budget of 20 MB is too small .* the least is 3\d\.\d MB"):
+        prepare(Chain(2), images(16), recipe(), memory="20MB")
+
+
+def test_a_small_budget_makes_steps_of_fewer_images(chain: Prepared) -> None:
+    """The budget that the message of the least names suffices."""
+    settings = recipe()
+    with pytest.raises(MemoryLimitError) as refused:
+        prepare(Chain(4), images(32), settings, memory=10**6)
+    least = str(refused.value).split("the least is ")[1].split(",")[0].replace(" ", "")
+    (report,), _ = run(prepare(Chain(4), images(32), settings, memory=least), settings)
+    assert {r.micro_batch for r in report.unit_records} <= {None, 1, 2, 4}
+    assert min(r.micro_batch or 8 for r in report.unit_records) < 8
+    assert report.memory.budget is not None and report.memory.file > 0
+
+
+@pytest.mark.gpu
+def test_places_beside_a_gpu_give_the_same_bits() -> None:
+    device = torch.device("cuda")
+    chosen = recipe(fisher=True)
+    prepared = prepare(Assorted().to(device), images(32), chosen)
+    found = {}
+    for place, memory in {
+        "device": Memory(device),
+        "host": Memory(device, 0),
+        "file": Memory(device, 0, 0),
+    }.items():
+        restore(prepared.graph, prepared.initial)
+        done = block(_job(prepared, chosen, memory))
+        found[place] = done.state
+        assert memory.most[place] > 0
+    assert same_state(found["device"], found["host"]) and same_state(found["device"], found["file"])
+
+
+def test_resnet50_at_4096_images_fits_four_gigabytes() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    prepared = prepare(torchvision.models.resnet50(weights=None).eval(), images(2, size=224), recipe("nearest"))
+    memory = Memory(torch.device("cuda"), 4 * 10**9, stated=True)
+    rows = plan(Network(prepared.graph, memory), prepared.modules, memory, 4096, Sizes(32, 64))
+    assert max(row.device for row in rows) < 3.2 * 10**9
+    assert {row.step_images for row in rows} == {32}
+    # Four tensors [4096, 256, 56, 56] of 4 bytes, inputs and outputs of both streams, behind the first block.
+    assert max(row.streams["host"] for row in rows) == 4 * 4096 * 256 * 56 * 56 * 4

@@ -80,7 +80,8 @@ class Batches:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._pool = ThreadPoolExecutor(1) if any(isinstance(r, Stored) for r in problem.rows) else None
+        far = any(isinstance(rows, Stored) and not rows.near for rows in problem.rows)
+        self._pool = ThreadPoolExecutor(1) if far else None
         self._next: dict[tuple[int, int], Future[Fetched]] = {}
         self._stream = None
         if self._pool is not None and problem.device.type == "cuda":

@@ -140,12 +140,12 @@ class Step:
         drop: Drop | None,
         regularizer_weight: float,
         steps: int,
-        batches: Batches,
+        batches: Batches | None = None,
         micro_batch: int | None = None,
     ) -> None:
-        self.batches = batches
+        """``micro_batch`` images are worked on at a time, None: all of a batch; ``batches`` gathers them ahead."""
+        self.batches = batches or Batches(problem)
         self.micro_batch = micro_batch or recipe.batch_size
-        """Images that are worked on at a time."""
         self.problem, self.recipe, self.learned, self.drop, self.steps = problem, recipe, learned, drop, steps
         self.roundings = learned.roundings()
         self.rounding_optimizers = _adam([r.V for r in self.roundings], recipe.rounding_lr)
@@ -154,8 +154,8 @@ class Step:
         self.slowness = 1.0
         """Factor on the learning rates."""
         self.warmup = int(recipe.warmup * steps) if regularizer_weight > 0 else steps
-        dtype, device = problem.targets[0].dtype, problem.device
-        self.numbers = torch.arange(steps, device=problem.device)
+        device, dtype = problem.device, problem.targets[0].dtype
+        self.numbers = torch.arange(steps, device=device)
         self.betas = torch.tensor([_beta(t, steps, recipe) for t in range(steps)], dtype=dtype, device=device)
         self.regularizer_weight = torch.tensor(regularizer_weight, dtype=dtype, device=device)
 
