@@ -19,6 +19,7 @@ from quiesce import Recipe, Result
 from quiesce.data import Samples
 from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
 from quiesce.pipeline import analyze, choose_bits, prepare, run
+from quiesce.quant import kernels
 from quiesce.quant.fake_quantize import fake_quantizers
 from quiesce.recipe import PRESETS
 from tiny import Assorted, Chain, TiedPair
@@ -430,3 +431,29 @@ def test_analyze_takes_schemes_and_nearest_recipes() -> None:
     assert analyze(Chain(2), example, small("nearest")).modules == ["stem", "blocks.0", "blocks.1", "head"]
     with pytest.raises(RecipeError, match="not neighbours"):
         analyze(Chain(2), example, small(granularity="scheme", scheme=[["blocks.0", "head"]]))
+
+
+def test_kernels_are_compiled_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = prepare(Chain(2), X, recipe())
+    runs, _ = run(few, recipe())
+    assert runs[-1].kernels == f"eager: {4 * len(few.modules)} steps of all units are too few to pay for compiling"
+    assert run(few, recipe(), fused=False)[0][-1].kernels == "eager: asked for"
+    assert run(few, recipe("nearest"))[0][-1].kernels == "eager: nothing is optimized"
+
+    monkeypatch.setattr("quiesce.pipeline.FUSED_STEPS", 4 * len(few.modules))
+    monkeypatch.setattr("quiesce.quant.kernels.problem", lambda device: "no compiler")
+    assert run(few, recipe())[0][-1].kernels == "eager: no kernel could be compiled (no compiler)"
+    with pytest.raises(ModelError, match=r"kernels can't be compiled for cpu \(no compiler\); install a C\+\+"):
+        run(few, recipe(), fused=True)
+
+
+@pytest.mark.skipif(kernels.problem(torch.device("cpu")) is not None, reason="no compiler")
+def test_compiled_kernels_give_a_network_as_good() -> None:
+    """Rounding differs, so integers may; losses are as low, and the same run gives the same bits again."""
+    prepared = prepare(Chain(2), X, recipe(steps=100))
+    made = {fused: run(prepared, recipe(steps=100), fused=fused) for fused in (False, True)}
+    again = run(prepared, recipe(steps=100), fused=True)
+    eager, fused = (made[key][0][-1] for key in (False, True))
+    assert fused.kernels == "fused"
+    assert fused.final_loss == pytest.approx(eager.final_loss, rel=0.3)
+    assert all(torch.equal(made[True][1].state[n], t) for n, t in again[1].state.items())
