@@ -139,8 +139,10 @@ def measuring_job(job: Job, share: float) -> Job:
     recipe = job.reconstruction
     steps = min(recipe.steps, max(FEWEST_STEPS, round(share * recipe.steps)))
     faster = max(1.0, min(recipe.steps / steps, FASTEST_ROUNDING / recipe.rounding_lr))
-    rates = {"rounding_lr": recipe.rounding_lr * faster, "step_size_lr": recipe.step_size_lr * faster}
-    return replace(job, reconstruction=replace(recipe, steps=steps, **rates), warm_reconstruction=recipe)
+    short = replace(
+        recipe, steps=steps, rounding_lr=recipe.rounding_lr * faster, step_size_lr=recipe.step_size_lr * faster
+    )
+    return replace(job, reconstruction=short, warm_reconstruction=recipe)
 
 
 def _decide(job: Job, recipe: GranularityRecipe, progress: Progress, block: Pass | None) -> Outcome:
