@@ -206,10 +206,11 @@ def test_progress_reaches_its_end() -> None:
 
 
 def test_a_comparison_shares_its_block_pass() -> None:
-    prepared = prepare(Chain(2), X, recipe(granularity="loss"), evaluate=[(X, Y)])
+    settings = recipe(granularity="loss", measuring=1.0)
+    prepared = prepare(Chain(2), X, settings, evaluate=[(X, Y)])
     (plain,), block = run(prepared, recipe())
-    shared, _ = run(prepared, recipe(granularity="loss"), block=block)
-    alone, _ = run(prepared, recipe(granularity="loss"))
+    shared, _ = run(prepared, settings, block=block)
+    alone, _ = run(prepared, settings)
     assert [r.granularity for r in shared] == ["loss"]
     assert [r.granularity for r in alone] == ["block", "loss"]
     assert shared[0].module_losses == alone[1].module_losses
@@ -402,10 +403,13 @@ def test_reports_of_evaluation_are_those_of_the_network_that_is_returned() -> No
 
 
 def test_seconds_cover_what_a_run_relied_on() -> None:
-    block, merged = quiesce.quantize(Chain(2), X, small(granularity="loss")).result.runs
+    block, merged = quiesce.quantize(Chain(2), X, small(granularity="loss", measuring=1.0)).result.runs
     assert merged.block_seconds > 0
     assert merged.seconds >= merged.block_seconds
     assert block.seconds > sum(r.seconds for r in block.unit_records) > 0
+    (merged,) = quiesce.quantize(Chain(2), X, small(granularity="loss", steps=21)).result.runs
+    assert merged.block_seconds == 0 < merged.measuring_seconds
+    assert merged.seconds > merged.measuring_seconds + sum(r.seconds for r in merged.unit_records)
 
 
 @pytest.mark.parametrize("granularity", ["block", "loss-descent"])

@@ -19,7 +19,7 @@ from quiesce.reconstruct.loop import Job
 from quiesce.reconstruct.streams import Network
 from quiesce.result import MemoryRecord, Result
 
-DURATIONS = ("seconds", "block_seconds", "reused_seconds")
+DURATIONS = ("seconds", "block_seconds", "reused_seconds", "measuring_seconds")
 
 
 class Residual(nn.Module):

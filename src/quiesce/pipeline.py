@@ -368,9 +368,9 @@ def run(
 ) -> tuple[list[Run], Pass]:
     """Reconstruct the prepared network as ``recipe`` says and leave it in the state that was kept.
 
-    ``block`` is a block pass of the same prepared network and the same reconstruction settings; without it one is
-    made when needed, and reported as a run of its own in front. ``progress_folder`` and ``fused``
-    are as for :func:`quantize`.
+    ``block`` is a block pass of the same prepared network and the same reconstruction settings. Where a merged
+    granularity needs one and has none, short passes measure instead; with ``granularity.measuring = 1`` a full one is
+    made, and reported as a run of its own in front. ``progress_folder`` and ``fused`` are as for :func:`quantize`.
 
     Returns:
         The runs, the asked-for one last, and its pass.
@@ -806,6 +806,8 @@ def _report_outcome(prepared: Prepared, recipe: Recipe, outcome: Outcome) -> Run
     report.guard = outcome.guard
     report.block_seconds = outcome.block_seconds
     report.reused_seconds = outcome.reused_seconds
+    report.measuring_steps = outcome.measuring_steps
+    report.measuring_seconds = outcome.measuring_seconds
     return report
 
 

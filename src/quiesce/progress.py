@@ -16,6 +16,8 @@ class Progress:
         self.stage = ""
         self.done = 0
         self.total = 0
+        self.later = 0
+        """Steps to come behind all that is planned: a pass plans no more than itself."""
 
     def plan(self, steps: int) -> None:
         """Add ``steps`` to what is planned (fewer when negative)."""
@@ -31,4 +33,4 @@ class Progress:
 
     def _report(self) -> None:
         if self._callback is not None:
-            self._callback(self.stage, self.done, max(self.done, self.total))
+            self._callback(self.stage, self.done, max(self.done, self.total + self.later))

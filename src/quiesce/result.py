@@ -98,7 +98,8 @@ class Run:
     """Merged units that selection asked for, before the guard."""
     guard: dict[str, Any] | None = None
     """What the guard tried: ``{"holdout": n, "trials": [{"modules", "merged_error", "unmerged_error",
-    "accepted"}], "final": {"merged_error", "block_error"}, "kept": "merged" | "block"}``; None if it was off."""
+    "accepted"}], "final": {"merged_error", "block_error"}, "kept": "merged" | "block"}``; None if it was off. With
+    ``measuring_steps`` all errors are those of the short passes."""
     block_seconds: float = 0.0
     """Wall time of the block pass that this run relied on, part of ``seconds``; 0 if it needed none."""
     reused_seconds: float = 0.0
@@ -106,6 +107,10 @@ class Run:
     kernels: str = "eager"
     """How elementwise maths of steps ran: "fused", as compiled kernels, or "eager", and why."""
     memory: MemoryRecord = field(default_factory=MemoryRecord)
+    measuring_steps: int = 0
+    """Steps of a module in the short passes that decided what is merged; 0 where full passes did, or nothing was."""
+    measuring_seconds: float = 0.0
+    """Wall time of these passes, part of ``seconds``."""
 
 
 @dataclass

@@ -1,15 +1,27 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from quiesce.errors import RecipeError
-from quiesce.pipeline import Prepared
+from quiesce.pipeline import Prepared, run
 from quiesce.progress import Progress
-from quiesce.recipe import GranularityRecipe
-from quiesce.reconstruct.granular import Outcome, _without, check_granularity, merged_pass, propose
-from tiny import job, recipe
+from quiesce.recipe import GranularityRecipe, Recipe, ReconstructionRecipe
+from quiesce.reconstruct.granular import (
+    Outcome,
+    _without,
+    block_pass,
+    check_granularity,
+    measuring_job,
+    merged_pass,
+    propose,
+)
+from quiesce.reconstruct.guard import Guard
+from quiesce.reconstruct.loop import module_pass
+from quiesce.reconstruct.streams import Network
+from tiny import absolute, job, recipe, same_state
 
 NAMES = [f"m{i}" for i in range(7)]
 LOSSES = [1.0, 5.0, 2.0, 3.0, 9.0, 1.0, 2.0]
@@ -69,7 +81,7 @@ def test_what_can_be_done_passes(method: str) -> None:
 
 
 def descend(chain: Prepared, **settings: object) -> Outcome:
-    found = recipe("brecq-fast", granularity="loss-descent", steps=3, **settings)
+    found = recipe("brecq-fast", granularity="loss-descent", steps=3, measuring=1.0, **settings)
     assert found.granularity is not None
     return merged_pass(job(chain, found), found.granularity, Progress(), None)
 
@@ -128,7 +140,7 @@ def test_a_high_tolerance_merges_nothing(chain: Prepared) -> None:
 
 
 def test_losses_choose_the_merges(chain: Prepared) -> None:
-    settings = recipe("brecq-fast", granularity="loss", guard=False, k=1)
+    settings = recipe("brecq-fast", granularity="loss", guard=False, k=1, measuring=1.0)
     assert settings.granularity is not None
     outcome = merged_pass(job(chain, settings), settings.granularity, Progress(), None)
     assert outcome.block is not None
@@ -138,3 +150,126 @@ def test_losses_choose_the_merges(chain: Prepared) -> None:
     largest = squares.index(max(squares))
     names = [m.name for m in chain.modules]
     assert outcome.merges == [[names[largest], names[largest + 1]]]
+
+
+FULL = ReconstructionRecipe()
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "faster"), [(1.0, 20_000, 1.0), (0.1, 2_000, 10.0), (0.25, 5_000, 4.0), (1e-9, 20, 100.0)]
+)
+def test_fewer_steps_come_with_higher_rates(chain: Prepared, share: float, steps: int, faster: float) -> None:
+    short = measuring_job(replace(job(chain, recipe()), reconstruction=FULL), share)
+    made = short.reconstruction
+    assert made.steps == steps
+    assert made.rounding_lr == pytest.approx(1e-3 * faster) and made.step_size_lr == pytest.approx(4e-5 * faster)
+    assert replace(made, steps=20_000, rounding_lr=1e-3, step_size_lr=4e-5) == FULL
+    assert short.warm_reconstruction == FULL
+
+
+@pytest.mark.parametrize(("rate", "short"), [(0.04, 0.1), (0.1, 0.1), (0.5, 0.5)])
+def test_rates_that_are_high_already_rise_no_further(chain: Prepared, rate: float, short: float) -> None:
+    high = replace(FULL, steps=500, rounding_lr=rate, step_size_lr=1e-3)
+    made = measuring_job(replace(job(chain, recipe()), reconstruction=high), 0.1).reconstruction
+    assert made.rounding_lr == pytest.approx(short) and made.step_size_lr == pytest.approx(1e-3 * short / rate)
+
+
+MERGE = [["blocks.2", "blocks.3"]]
+
+
+def test_few_steps_are_no_fewer_in_passes_that_measure(chain: Prepared) -> None:
+    for steps, fewer in ((60, 20), (15, 15)):
+        work = replace(job(chain, recipe()), reconstruction=replace(FULL, steps=steps))
+        assert measuring_job(work, 0.1).reconstruction.steps == fewer
+    chosen = recipe(steps=15, granularity="loss")
+    assert chosen.granularity is not None
+    outcome = merged_pass(job(chain, chosen), chosen.granularity, Progress(), None)
+    assert outcome.measuring_steps == 0 and outcome.block is not None  # full passes decide, and are used
+
+
+class TestMeasuring:
+    """Merges decided by short passes: 21 steps of 30."""
+
+    def made(self, chain: Prepared, progress: Progress | None = None, **settings: object) -> tuple[Outcome, Recipe]:
+        chosen = recipe(steps=30, measuring=0.7, **settings)
+        assert chosen.granularity is not None
+        counted = progress or Progress()
+        return merged_pass(job(chain, chosen), chosen.granularity, counted, None), chosen
+
+    @pytest.mark.parametrize("per_module", [True, False])
+    def test_its_steps_are_counted_exactly(self, chain: Prepared, per_module: bool) -> None:
+        seen: list[tuple[int, int]] = []
+        progress = Progress(lambda stage, done, total: seen.append((done, total)))
+        outcome, _ = self.made(chain, progress, granularity="scheme", scheme=MERGE, steps_per_module=per_module)
+        assert outcome.guard is not None and outcome.measuring_steps == 21
+        (trial,) = outcome.guard["trials"]
+        measured = (
+            6 * 21 + (42 if per_module else 21) + 21 * trial["accepted"]
+        )  # blocks, the merge, and the head behind it
+        final = sum(r.steps for r in outcome.kept.records)
+        assert final == (150 if outcome.guard["kept"] == "merged" and not per_module else 180)
+        assert seen[-1] == (measured + final, measured + final)
+        assert seen[0] == (0, 126 + 180) and all(done <= total for done, total in seen)
+
+    def test_without_a_guard_and_losses_nothing_is_measured(self, chain: Prepared) -> None:
+        outcome, _ = self.made(chain, granularity="scheme", scheme=MERGE, guard=False)
+        assert outcome.measuring_steps == outcome.measuring_seconds == 0 and outcome.block is None
+
+    @pytest.mark.parametrize("method", ["loss", "loss-descent", "log-ratio"])
+    def test_short_passes_choose(self, chain: Prepared, method: str) -> None:
+        outcome, chosen = self.made(chain, granularity=method, guard=False)
+        work = job(chain, chosen)
+        assert chosen.granularity is not None
+        short = block_pass(measuring_job(work, 0.7), Progress())
+        assert outcome.proposal.capacities == absolute(short.losses)
+        assert outcome.merges[: len(merged(outcome.proposal.groups))] == [
+            [chain.modules[i].name for i in group] for group in merged(outcome.proposal.groups)
+        ]
+        assert [r.steps for r in outcome.kept.records] == [30 * len(g) for g in outcome.kept.groups]
+
+    @pytest.mark.parametrize("warm", [True, False])
+    def test_a_warm_merge_is_tried_at_the_rates_of_a_long_pass(self, chain: Prepared, warm: bool) -> None:
+        """The guard's errors are those of passes made so by hand."""
+        outcome, chosen = self.made(chain, granularity="scheme", scheme=MERGE, warm_start=warm)
+        short = measuring_job(job(chain, chosen), 0.7)
+        guard = Guard(Network(chain.graph), short.inputs, short.images, 64)
+        block = block_pass(short, Progress())
+        slow = replace(short.reconstruction, rounding_lr=0.04, step_size_lr=1.6e-3)
+        assert short.reconstruction.rounding_lr > slow.rounding_lr
+        by_hand = replace(short, reconstruction=slow if warm else short.reconstruction, warm_reconstruction=None)
+        (trial,) = module_pass(by_hand, [[0], [1], [2], [3, 4], [5]], Progress(), block, guard).trials
+        assert outcome.guard is not None and outcome.guard["trials"][0]["merged_error"] == trial.merged_error
+
+    def test_one_full_pass_from_the_calibrated_state_follows(self, chain: Prepared) -> None:
+        outcome, chosen = self.made(chain, granularity="scheme", scheme=MERGE)
+        alone = module_pass(job(chain, chosen), outcome.kept.groups, Progress())
+        assert same_state(outcome.kept.state, alone.state) and outcome.kept.losses == alone.losses
+        assert not any(r.reused for r in outcome.kept.records) and outcome.reused_seconds == 0
+        assert outcome.seconds >= outcome.measuring_seconds > 0 and outcome.block_seconds == 0
+
+    def test_nothing_kept_is_the_plain_block_result(self, chain: Prepared) -> None:
+        """Nothing helps where there is nothing left to gain: the regularizer alone, at a rate that moves nothing."""
+        still = {"rounding_lr": 1e-12, "step_size_lr": 1e-12, "warm_start": False}
+        outcome, chosen = self.made(chain, granularity="scheme", scheme=MERGE, **still)
+        assert outcome.guard is not None and [t["accepted"] for t in outcome.guard["trials"]] == [False]
+        assert outcome.guard["kept"] == "block" and outcome.kept.groups == [[i] for i in range(6)]
+        assert same_state(outcome.kept.state, block_pass(job(chain, chosen), Progress()).state)
+
+    def test_a_block_pass_that_is_there_decides_instead(self, chain: Prepared) -> None:
+        settings = recipe(steps=30, measuring=0.7, granularity="loss")
+        _, block = run(chain, recipe(steps=30))
+        steps: list[int] = []
+        (shared,), done = run(chain, settings, block=block, progress=lambda stage, step, total: steps.append(total))
+        (full,), expected = run(chain, settings.with_settings(measuring=1.0), block=block)
+        assert shared.measuring_steps == 0 and shared.block_seconds == block.seconds
+        assert shared.capacities == dict(zip(shared.capacities, absolute(block.losses), strict=True))
+        assert same_state(done.state, expected.state) and shared.guard == full.guard
+        assert max(steps) <= 180
+
+    def test_the_result_says_so(self, chain: Prepared) -> None:
+        settings = recipe(steps=30, granularity="loss", measuring=0.7)
+        (first,), done = run(chain, settings)
+        (again,), same = run(chain, settings)
+        assert first.measuring_steps == 21 and first.seconds > first.measuring_seconds > 0
+        assert first.guard is not None and len(first.guard["trials"]) == len(first.proposed_merges) > 0
+        assert same_state(done.state, same.state) and first.guard == again.guard

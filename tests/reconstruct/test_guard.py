@@ -62,6 +62,7 @@ SETTINGS = Recipe.preset(
     layers=BITS,
     granularity="scheme",
     scheme=[["coarse", "fine"]],
+    measuring=1.0,
     holdout=0.5,
     batch_size=32,
     steps=150,

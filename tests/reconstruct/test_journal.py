@@ -22,7 +22,7 @@ from quiesce.recipe import Recipe
 from quiesce.reconstruct.journal import discard, finished_units, open_journal
 from quiesce.reconstruct.loop import Pass
 from quiesce.result import MemoryRecord, Run
-from tiny import Chain, images, recipe, same_state
+from tiny import DURATIONS, Chain, images, recipe, same_state
 
 LOSS = recipe(granularity="loss")
 
@@ -47,7 +47,7 @@ def interrupted(prepared: Prepared, folder: Path, units: int, chosen: Recipe = L
 
 def comparable(runs: list[Run]) -> list[Run]:
     """Runs without what tells of time and interruptions."""
-    others = {"seconds": 0.0, "block_seconds": 0.0, "reused_seconds": 0.0, "memory": MemoryRecord()}
+    others = {**dict.fromkeys(DURATIONS, 0.0), "memory": MemoryRecord()}
     return [
         replace(r, **others, unit_records=[replace(u, seconds=0.0, resumed=False) for u in r.unit_records])  # type: ignore
         for r in runs
@@ -82,6 +82,16 @@ def test_an_interrupted_run_goes_on_to_the_same_end(chain: Prepared, tmp_path: P
     found = run(chain, chosen, progress_folder=tmp_path / "p")
     check_same(found, expected)
     assert [record.resumed for record in found[0][0].unit_records][:6] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("units", [3, 7])
+def test_passes_that_only_measure_are_kept_too(chain: Prepared, tmp_path: Path, units: int) -> None:
+    chosen = recipe(granularity="loss", steps=25, measuring=0.8)
+    expected = run(chain, chosen)
+    interrupted(chain, tmp_path / "p", units, chosen)
+    found = run(chain, chosen, progress_folder=tmp_path / "p")
+    check_same(found, expected)
+    assert found[0][-1].measuring_steps == 20 and found[0][-1].measuring_seconds > 0
 
 
 def test_keeping_progress_changes_nothing_and_a_whole_run_is_taken_over_without_optimizing(

@@ -167,7 +167,7 @@ def test_reconstruction_lowers_the_networks_loss(chain: Prepared) -> None:
 @pytest.mark.parametrize("granularity", ["layer", "block", "modcap", "loss", "loss-descent", "log-ratio", "scheme"])
 def test_every_granularity_goes_with_every_preset(chain: Prepared, preset: str, granularity: str) -> None:
     scheme = [["blocks.0", "blocks.1"]] if granularity == "scheme" else None
-    settings = recipe(preset, granularity=granularity, scheme=scheme, steps=2)
+    settings = recipe(preset, granularity=granularity, scheme=scheme, steps=2, measuring=1.0)
     runs, done = run(chain, settings)
     assert runs[-1].preset == preset and runs[-1].granularity == granularity
     assert set(runs[-1].module_losses) == set(NAMES)
@@ -215,7 +215,7 @@ def test_without_guard_a_data_free_granularity_needs_no_block_pass(chain: Prepar
 
 
 def test_a_block_pass_that_is_there_is_used(chain: Prepared) -> None:
-    settings = recipe(granularity="loss", guard=False)
+    settings = recipe(granularity="loss", guard=False, measuring=1.0)
     both, expected = run(chain, settings)
     _, block = run(chain, recipe())
     alone, done = run(chain, settings, block=block)
@@ -306,7 +306,7 @@ def test_only_a_warm_start_takes_over_more_than_the_units_in_front(chain: Prepar
 def test_reused_seconds_are_reported(chain: Prepared) -> None:
     for guard in (True, False):
         scheme = [["blocks.3", "head"]]
-        runs, _ = run(chain, recipe(granularity="scheme", scheme=scheme, guard=guard, steps=3))
+        runs, _ = run(chain, recipe(granularity="scheme", scheme=scheme, guard=guard, steps=3, measuring=1.0))
         if guard:
             assert runs[-1].reused_seconds == pytest.approx(sum(r.seconds for r in runs[0].unit_records[:4]), rel=0.5)
             assert runs[-1].reused_seconds > 0

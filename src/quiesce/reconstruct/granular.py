@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quiesce.errors import RecipeError
@@ -27,6 +27,10 @@ from quiesce.reconstruct.streams import Network
 
 DATA_DEPENDENT = ("loss", "loss-descent", "log-ratio")
 """Methods whose scores are the losses of a block pass."""
+FEWEST_STEPS = 20
+"""Steps below which a pass tells little about a longer one."""
+FASTEST_ROUNDING = 0.1
+"""Largest learning rate of V that a measuring pass is given: above it, decisions are noise."""
 
 
 @dataclass
@@ -40,7 +44,11 @@ class Proposal:
 
 @dataclass
 class Outcome:
-    """A granularity's final pass, and how it came about."""
+    """A granularity's final pass, and how it came about.
+
+    Merges are decided either by full passes, of which ``kept`` is the last or ``block``, or by measuring passes, behind
+    which ``kept`` is the only full one.
+    """
 
     kept: Pass
     seconds: float
@@ -49,10 +57,14 @@ class Outcome:
     """All merged units that were asked for, by module names, over all passes."""
     guard: dict[str, Any] | None
     block: Pass | None
-    """The block pass it relied on, if it needed one."""
+    """The full block pass it relied on, if there is one."""
     block_seconds: float
     """The part of ``seconds`` that the block pass took."""
     reused_seconds: float
+    measuring_steps: int = 0
+    """Steps of a module in measuring passes; 0 where there were none."""
+    measuring_seconds: float = 0.0
+    """The part of ``seconds`` that the measuring passes took."""
 
 
 def propose(job_modules: list[str], recipe: GranularityRecipe, capacities: list[float]) -> Proposal:
@@ -93,9 +105,48 @@ def block_pass(job: Job, progress: Progress) -> Pass:
 def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: Pass | None) -> Outcome:
     """Reconstruct at the granularity of ``recipe``, on top of ``block``, a block pass of the same job, if there is one.
 
-    A block pass is made when the scores or the guard need one. The network is left in the state of the outcome's
-    ``kept`` pass.
+    When the scores or the guard need a block pass and there is none, a short one is made, merges are chosen and tried
+    by passes as short (``recipe.measuring``), and what came of it is reconstructed from the calibrated state, once. The
+    network is left in the state of the outcome's ``kept`` pass.
     """
+    began = job.clock()
+    short = measuring_job(job, recipe.measuring)
+    needed = block is None and (recipe.guard or recipe.method in DATA_DEPENDENT)
+    if not needed or short.reconstruction.steps == job.reconstruction.steps:
+        return _decide(job, recipe, progress, block)
+    progress.later = job.reconstruction.steps * sum(job.learns(module) for module in job.modules)
+    decided = _decide(short, recipe, progress, None)
+    progress.later, measured = 0, job.clock()
+    return replace(
+        decided,
+        kept=module_pass(job, decided.kept.groups, progress),
+        block=None,
+        seconds=job.clock() - began,
+        block_seconds=0.0,
+        reused_seconds=0.0,
+        measuring_steps=short.reconstruction.steps,
+        measuring_seconds=measured - began,
+    )
+
+
+def measuring_job(job: Job, share: float) -> Job:
+    """Return ``job`` with that ``share`` of the steps.
+
+    Rates are as many times higher, so that all still travels as far; within the bounds of :data:`FEWEST_STEPS` and
+    :data:`FASTEST_ROUNDING`. But those of units that start from an earlier pass stay: they have not as far to go, and
+    what higher rates add is noise, which hides what a merge gains.
+    """
+    recipe = job.reconstruction
+    steps = min(recipe.steps, max(FEWEST_STEPS, round(share * recipe.steps)))
+    faster = max(1.0, min(recipe.steps / steps, FASTEST_ROUNDING / recipe.rounding_lr))
+    short = replace(
+        recipe, steps=steps, rounding_lr=recipe.rounding_lr * faster, step_size_lr=recipe.step_size_lr * faster
+    )
+    return replace(job, reconstruction=short, warm_reconstruction=recipe)
+
+
+def _decide(job: Job, recipe: GranularityRecipe, progress: Progress, block: Pass | None) -> Outcome:
+    """Score, merge, reconstruct, and keep what the guard keeps, all at the job's steps."""
     began = job.clock()
     given_seconds = 0.0 if block is None else block.seconds
     if block is None and (recipe.guard or recipe.method in DATA_DEPENDENT):

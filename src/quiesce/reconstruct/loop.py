@@ -43,6 +43,8 @@ class Job:
     recipe: Recipe
     reconstruction: ReconstructionRecipe
     regularizer_weight: float
+    warm_reconstruction: ReconstructionRecipe | None = None
+    """For units that start from an earlier pass; None: as for all others."""
     fisher: Tensors | None = None
     kernels: str = "eager"
     """How elementwise maths of steps runs: "fused", as compiled kernels, or "eager", and why."""
@@ -207,7 +209,7 @@ class _Walk:
         job = self.job
         return optimize(
             problem,
-            job.reconstruction,
+            (job.warm_reconstruction if warm else None) or job.reconstruction,
             steps=steps,
             regularizer_weight=job.regularizer_weight,
             warm=warm,
