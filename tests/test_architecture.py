@@ -43,6 +43,7 @@ FLOORS = (
         "result",
         "evaluate",
         "memory",
+        "processes",
     },
     {"quant"},
     {"graph"},
@@ -51,7 +52,7 @@ FLOORS = (
     {"precision"},
     {"export", "report"},
     {"pipeline", ""},
-    {"detection", "weights", "models", "sweep", "demo", "cli"},
+    {"detection", "weights", "models", "sweep", "demo", "cli", "__main__"},
 )
 PACKAGE = Path(quiesce.__file__).parent
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError, nearest_name
+from quiesce.errors import ClusterError, DataError, ModelError, QuiesceError, RecipeError, nearest_name
 from quiesce.export.export import EXPORT_OPTIONS
 from quiesce.recipe import BACKENDS, GRANULARITIES, PRESETS, Recipe
 
@@ -212,16 +212,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
     An error of the user's is one line on stderr and exit code 1; Ctrl-C and SIGTERM are one line and 128 + the number
-    of the signal.
+    of the signal. Of several processes under torchrun, the first one speaks, and others of their errors.
     """
+    rank = int(os.environ.get("RANK", "0"))
     try:
         with _signals_as_exceptions():
             app(arguments)
     except QuiesceError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error{f' in process {rank}' if rank else ''}: {error}", err=True)
         sys.exit(1)
     except Stopped as stopped:
-        typer.echo(" ".join(["stopped", *getattr(stopped, "__notes__", [])]), err=True)
+        if rank == 0:
+            typer.echo(" ".join(["stopped", *getattr(stopped, "__notes__", [])]), err=True)
         sys.exit(128 + stopped.number)
 
 
@@ -252,11 +254,14 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    processes, command = int(os.environ.get("WORLD_SIZE", "1")), context.invoked_subcommand
+    if processes > 1 and command != "quantize":
+        raise ClusterError(f"{command} is work for one process, and torchrun started {processes}; start it without.")
 
 
 @app.command()
@@ -339,41 +344,48 @@ def quantize(
     from quiesce.data import load_data
     from quiesce.models import load_model
     from quiesce.preprocess import override
+    from quiesce.processes import process_group
     from quiesce.reconstruct.journal import discard
     from quiesce.report.html import write_report
 
     kept = out.resolve().with_name(f"{out.resolve().name}.progress")
-    if restart:
-        discard(kept)
     with _interruptible(kept):
-        loaded = load_model(model, weights=weights, by_order=weights_by_order, trust=trust)
-        preprocessing = override(loaded.preprocessing, **preparation)
-        in_file = most is not None and place.type == "cpu"
-        samples = load_data(calibration, preprocessing, limit=images, seed=chosen.seed, in_file=in_file)
-        test = None
-        if evaluate is not None:
-            test = load_data(
-                evaluate, preprocessing, limit=evaluate_images, seed=chosen.seed, what="evaluation", in_file=in_file
-            )
-        if budget:
-            with _progress() as progress, _stdout_to_stderr():
-                made = choose_bits(loaded.model, samples, chosen, **budget, device=place, progress=progress)
-            chosen = made.recipe
-            _print(_mixed_table(made))
-        with _progress() as progress:
-            quantized = quantize_model(
-                loaded.model,
-                samples,
-                chosen,
-                evaluate=test,
-                device=place,
-                memory=most,
-                progress=progress,
-                name=loaded.name,
-                preprocessing=None if preprocessing is None else preprocessing.to_dict(),
-                progress_folder=kept,
-                fused=compile_steps,
-            )
+        with process_group(place) as processes:
+            if restart and processes.first:
+                discard(kept)
+            loaded = load_model(model, weights=weights, by_order=weights_by_order, trust=trust)
+            preprocessing = override(loaded.preprocessing, **preparation)
+            in_file = most is not None and place.type == "cpu"
+            samples = load_data(calibration, preprocessing, limit=images, seed=chosen.seed, in_file=in_file)
+            test = None
+            if evaluate is not None:
+                test = load_data(
+                    evaluate, preprocessing, limit=evaluate_images, seed=chosen.seed, what="evaluation", in_file=in_file
+                )
+            bar = _progress if processes.first else nullcontext
+            if budget:
+                with bar() as progress, _stdout_to_stderr():
+                    made = choose_bits(loaded.model, samples, chosen, **budget, device=place, progress=progress)
+                chosen = made.recipe
+                if processes.first:
+                    _print(_mixed_table(made))
+            with bar() as progress:
+                quantized = quantize_model(
+                    loaded.model,
+                    samples,
+                    chosen,
+                    evaluate=test,
+                    device=place,
+                    memory=most,
+                    progress=progress,
+                    name=loaded.name,
+                    preprocessing=None if preprocessing is None else preprocessing.to_dict(),
+                    progress_folder=kept,
+                    fused=compile_steps,
+                    processes=processes,
+                )
+        if not processes.first:
+            return
         with output_folder(out, force=force) as folder:
             quantized.save(folder)
             write_report(quantized.result, folder / "report.html")
@@ -692,10 +704,12 @@ def _budget(text: str | None, bits: str | None) -> dict[str, Any]:
 
 
 def _device(name: str | None) -> torch.device:
+    """The device of that name; of several processes on a machine, each takes a GPU of its own."""
     import torch
 
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -34,7 +34,7 @@ class OutputError(QuiesceError):
 
 
 class ClusterError(QuiesceError):
-    """Ray can't be started or reached, or no machine has what a cell of a sweep needs."""
+    """Ray or other processes can't be started or reached, differ in what must be alike, or lack what a cell needs."""
 
 
 class MemoryLimitError(QuiesceError):

@@ -45,6 +45,7 @@ from quiesce.oscillation.capacity import modcap
 from quiesce.oscillation.measure import ModuleLoss, summarize
 from quiesce.precision.assignment import Budget, MixedPrecision, mixed_precision
 from quiesce.precision.sensitivity import Sensitivity, layer_sensitivities
+from quiesce.processes import Processes
 from quiesce.progress import Progress, ProgressCallback
 from quiesce.quant import kernels
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers, float_mode, restore, snapshot
@@ -211,6 +212,7 @@ def quantize(
     preprocessing: dict[str, Any] | None = None,
     progress_folder: Path | str | None = None,
     fused: bool | None = None,
+    processes: Processes | None = None,
 ) -> QuantizedModel:
     """Quantize ``model`` as ``recipe`` says.
 
@@ -231,16 +233,21 @@ def quantize(
             result is safe. None keeps nothing.
         fused: run the elementwise maths of steps as compiled kernels; None does where there is a compiler, and steps
             enough to pay for compiling. Results differ by rounding.
+        processes: those that share the work (``Processes.current()`` under torchrun, docs/parallel.md): all make this
+            call with the same arguments and get the same network, each working on its share of the images. None: this
+            process works alone.
 
     Raises:
         QuiesceError: one sentence on what is wrong with the model, the data or the recipe, or that ``progress_folder``
             is of another run.
     """
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
-    if progress_folder is not None:
+    if progress_folder is not None and (processes is None or processes.first):
         where = torch.device(device) if device is not None else _device_of(model)
         check_same_run(Path(progress_folder), _settings(recipe, where, budget))
-    prepared = prepare(model, calibration, recipe, evaluate=evaluate, device=device, memory=budget, name=name)
+    prepared = prepare(
+        model, calibration, recipe, evaluate=evaluate, device=device, memory=budget, name=name, processes=processes
+    )
     runs, _ = run(prepared, recipe, progress=progress, progress_folder=progress_folder, fused=fused)
     return QuantizedModel(prepared.network(recipe), prepared.result(runs, recipe), recipe, preprocessing)
 
@@ -252,6 +259,7 @@ class Prepared:
     graph: fx.GraphModule
     modules: list[Unit]
     samples: Samples
+    """Calibration images: this process's share of them."""
     images: int
     """Images to optimize on: the first of ``samples``; the rest is held out for guards."""
     together: int
@@ -269,6 +277,8 @@ class Prepared:
     device: torch.device
     memory: int | None = None
     """Bytes that reconstruction may take on the device; None: most of what is free."""
+    processes: Processes = Processes()
+    """Those that share the images."""
 
     def network(self, recipe: Recipe) -> fx.GraphModule:
         """Return the network in its present state as the recipe's backend runs it: with integer biases if it has them.
@@ -300,32 +310,39 @@ def prepare(
     memory: int | str | None = None,
     name: str | None = None,
     holdout: int | None = None,
+    processes: Processes | None = None,
 ) -> Prepared:
     """Do everything up to reconstruction: capture, fold, place, calibrate, partition.
 
-    ``holdout`` calibration images, the last ones, are kept from optimization; None asks the recipe's guard.
+    ``holdout`` calibration images, the last ones (of each process's share), are kept from optimization; None asks the
+    recipe's guard. ``processes`` are as for :func:`quantize`.
     """
     began = time.perf_counter()
+    processes = processes or Processes()
     where = torch.device(device) if device is not None else _device_of(model)
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     in_file = budget is not None and where.type == "cpu"
     samples = gather(calibration, "calibration", in_file=in_file)
     holdout = _holdout(recipe, len(samples)) if holdout is None else holdout
-    _check_batch(recipe, len(samples) - holdout)
+    recipe = _of_process(recipe, processes)
     captured = _captured(model, samples, where)
     together = images_together(captured, samples.select(slice(LARGEST_CLIP)).to(where))
     _check_together(together, recipe, {"calibration images": len(samples) - holdout, "held-out images": holdout})
-    network = Network(captured, _memory(captured, where, budget, recipe), together)
+    processes.part("calibration images", len(samples), together)
+    samples = samples.select(processes.share(len(samples), together))
+    holdout = processes.part("held-out images", holdout, together) if holdout else 0
+    _check_batch(recipe, len(samples) - holdout, processes)
+    network = Network(captured, _memory(captured, where, budget, recipe, processes), together)
     recipe = replace(recipe, calibration_batch=network.images_at_a_time(recipe.calibration_batch))
     folded, left = fold(captured)
-    folded, left_norms = _reparameterized(split_attention(folded), samples, recipe)
+    folded, left_norms = _reparameterized(split_attention(folded), samples, recipe, processes)
     graph = insert(folded, annotate(folded, BACKENDS[recipe.backend], recipe))
     check_storable(graph)
     modules = partition(graph, "block")
     if recipe.granularity is not None:
         check_granularity([m.name for m in modules], recipe.granularity)
-    _check_memory(graph, modules, where, budget, recipe, together)
-    calibrate(graph, samples, recipe)
+    _check_memory(graph, modules, where, budget, recipe, together, processes)
+    calibrate(graph, samples, recipe, processes)
     if BACKENDS[recipe.backend].integer_bias:
         make_room_for_biases(graph)
         end_grids_at_bounds(graph)
@@ -335,7 +352,8 @@ def prepare(
         check_like(evaluation, samples, "evaluation")
         _check_together(together, recipe, {"evaluation images": len(evaluation)})
         with float_mode(graph):
-            reference = _outputs(graph, evaluation, recipe.calibration_batch)
+            processes.part("evaluation images", len(evaluation), together)
+            reference = _outputs(graph, evaluation, recipe.calibration_batch, processes, together)
         # Labels that do not fit are found now, not after hours of work.
         metrics = compare(reference, evaluation.labels, None)
     return Prepared(
@@ -354,6 +372,7 @@ def prepare(
         seconds=time.perf_counter() - began,
         device=where,
         memory=budget,
+        processes=processes,
     )
 
 
@@ -376,14 +395,15 @@ def run(
         The runs, the asked-for one last, and its pass.
     """
     restore(prepared.graph, prepared.initial)
-    memory = _memory(prepared.graph, prepared.device, prepared.memory, recipe)
+    memory = _memory(prepared.graph, prepared.device, prepared.memory, recipe, prepared.processes)
     with Peak(prepared.device) as peak:
         job = _job(prepared, recipe, memory, fused)
         runs, kept = _run(prepared, recipe, job, block, progress, progress_folder)
     record = MemoryRecord(
         memory.budget, memory.reserved, memory.most["device"], memory.most["host"], memory.most["file"], peak.bytes
     )
-    return [replace(made, memory=record, kernels=job.kernels) for made in runs], kept
+    size = prepared.processes.size
+    return [replace(made, memory=record, kernels=job.kernels, processes=size) for made in runs], kept
 
 
 def _run(
@@ -399,7 +419,10 @@ def _run(
         return [_report(prepared, recipe, measured, measured.seconds)], measured
     if progress_folder is None:
         return _reconstruct(prepared, recipe, recipe.granularity, job, block, progress)
-    with open_journal(Path(progress_folder), _identity(prepared, job, block)) as journal:
+    identity = _identity(prepared, recipe, job, block)
+    if not prepared.processes.first:  # the first one keeps progress, and tells the others
+        return _reconstruct(prepared, recipe, recipe.granularity, job, block, progress)
+    with open_journal(Path(progress_folder), identity) as journal:
         return _reconstruct(prepared, recipe, recipe.granularity, replace(job, journal=journal), block, progress)
 
 
@@ -581,10 +604,10 @@ def _left_float(graph: fx.GraphModule, recipe: Recipe) -> dict[str, str]:
 
 
 def _reparameterized(
-    graph: fx.GraphModule, samples: Samples, recipe: Recipe
+    graph: fx.GraphModule, samples: Samples, recipe: Recipe, processes: Processes
 ) -> tuple[fx.GraphModule, list[LeftLayerNorm]]:
     wanted = recipe.activations.layer_norm == "reparameterized" and recipe.activations.bits is not None
-    return reparameterize(graph, samples, recipe) if wanted else (graph, [])
+    return reparameterize(graph, samples, recipe, processes) if wanted else (graph, [])
 
 
 def _check_captured(graph: fx.GraphModule, samples: Samples) -> None:
@@ -616,10 +639,24 @@ def _holdout(recipe: Recipe, images: int) -> int:
     return max(1, round(granularity.holdout * images))
 
 
-def _check_batch(recipe: Recipe, images: int) -> None:
+def _of_process(recipe: Recipe, processes: Processes) -> Recipe:
+    """Return ``recipe`` with one process's part of a batch."""
+    learning, size = recipe.reconstruction, processes.size
+    if learning is None:
+        return recipe
+    if learning.batch_size % size:
+        raise RecipeError(
+            f"a batch_size of {learning.batch_size} can't be shared equally by {size} processes; give a multiple of "
+            f"{size}, or start another number."
+        )
+    return replace(recipe, reconstruction=replace(learning, batch_size=learning.batch_size // size))
+
+
+def _check_batch(recipe: Recipe, images: int, processes: Processes) -> None:
     if recipe.reconstruction is not None and images < recipe.reconstruction.batch_size:
+        which = "" if processes.size == 1 else f" in process {processes.rank} (its share)"
         raise DataError(
-            f"calibration has {images} images to optimize on, fewer than a batch of "
+            f"calibration has {images} images to optimize on{which}, fewer than a batch of "
             f"{recipe.reconstruction.batch_size}; give more images or a smaller batch_size."
         )
 
@@ -633,18 +670,19 @@ def _check_together(together: int, recipe: Recipe, counts: dict[str, int]) -> No
         raise DataError(f"the network takes {together} images together; give a multiple of {together} of: {wrong}.")
 
 
-def _identity(prepared: Prepared, job: Job, block: Pass | None) -> dict[str, Any]:
-    """Return all that decides the numbers of a run, as nested plain data."""
+def _identity(prepared: Prepared, recipe: Recipe, job: Job, block: Pass | None) -> dict[str, Any]:
+    """Return all that decides the numbers of a run, as nested plain data; the same in all processes."""
     names = [str(node.target) for node in prepared.graph.graph.nodes if node.op == "get_attr"]
     tensors = {name: getattr(prepared.graph, name) for name in names}
     return {
-        **_settings(job.recipe, prepared.device, prepared.memory),
+        **_settings(recipe, prepared.device, prepared.memory),
         "fused kernels": job.kernels == "fused",
+        "processes": prepared.processes.size,
         "model": {"structure": digest_of_text(prepared.graph.code), "tensors": digest_of(tensors)},
         "calibration": {
             "images": len(prepared.samples),
             "held out": len(prepared.samples) - prepared.images,
-            "values": digest_of(prepared.samples.inputs),
+            "values": ", ".join(prepared.processes.texts(digest_of(prepared.samples.inputs))),
         },
         "block pass": None if block is None else digest_of(block.state),
     }
@@ -664,7 +702,8 @@ def _settings(recipe: Recipe, device: torch.device, memory: int | None) -> dict[
 
 def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fused: bool | None = False) -> Job:
     """``memory`` keeps what passes carry; None sets no limit."""
-    network = Network(prepared.graph, memory, prepared.together)
+    processes, recipe = prepared.processes, _of_process(recipe, prepared.processes)
+    network = Network(prepared.graph, memory, prepared.together, processes)
     inputs = _inputs(network, prepared.samples)
     reconstruction = recipe.reconstruction
     fisher = None
@@ -672,13 +711,16 @@ def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fused
         # Room for the work on units is kept before Fisher weights take any.
         needs = [Needs.of(network, module) for module in prepared.modules]
         reserve(network.memory, needs, Sizes.of(recipe, prepared.together))
-        generator = torch.Generator().manual_seed(recipe.seed)
+        generator = torch.Generator().manual_seed(processes.seed(recipe.seed))
         names = {
             n
             for u in partition(prepared.graph, _finest(recipe))
             for n in boundary(network.nodes, u.start, u.stop).outputs
         }
         fisher = fisher_weights(network, inputs, names, recipe.calibration_batch, generator)
+    kernels = _kernels(prepared, recipe, fused)
+    if processes.size > 1:
+        processes.check_alike(_what_must_be_alike(prepared, recipe, kernels))
     return Job(
         network=network,
         modules=prepared.modules,
@@ -690,8 +732,19 @@ def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fused
         reconstruction=reconstruction,  # type: ignore[arg-type]
         regularizer_weight=regularizer_weight(prepared.graph, recipe),
         fisher=fisher,
-        kernels=_kernels(prepared, recipe, fused),
+        kernels=kernels,
+        first=processes.place(len(prepared.samples))[0],
     )
+
+
+def _what_must_be_alike(prepared: Prepared, recipe: Recipe, kernels: str) -> dict[str, str]:
+    """Digests, by names for messages, of what processes must agree in from the start."""
+    graph, state = prepared.graph, prepared.initial
+    weights = {str(n.target): getattr(graph, str(n.target)) for n in graph.graph.nodes if n.op == "get_attr"}
+    texts = {"recipe": repr(recipe), "structure of the network": graph.code, "kind of kernels": kernels}
+    return {f"the {name}": digest_of_text(text) for name, text in texts.items()} | {
+        f"tensor {name}": digest_of({name: tensor}) for name, tensor in {**weights, **state}.items()
+    }
 
 
 def _kernels(prepared: Prepared, recipe: Recipe, fused: bool | None) -> str:
@@ -709,11 +762,19 @@ def _kernels(prepared: Prepared, recipe: Recipe, fused: bool | None) -> str:
     return "fused" if problem is None else f"eager: no kernel could be compiled ({problem})"
 
 
-def _memory(graph: fx.GraphModule, device: torch.device, budget: int | None, recipe: Recipe) -> Memory:
-    """What a run may take: a stated budget, of which the network has its part, or most of what is free."""
-    host, narrow = _most_of(free_memory(torch.device("cpu"))), recipe.stream_dtype == "bf16"
+def _memory(
+    graph: fx.GraphModule, device: torch.device, budget: int | None, recipe: Recipe, processes: Processes
+) -> Memory:
+    """What a run may take: a stated budget, of which the network has its part, or most of what is free.
+
+    Processes of one machine share its memory, but each has a GPU of its own.
+    """
+    free = free_memory(torch.device("cpu"))
+    host = _most_of(None if free is None else free // processes.beside)
+    narrow = recipe.stream_dtype == "bf16"
     if budget is None:
-        return Memory(device, _most_of(free_memory(device)), host, narrow=narrow)
+        there = host if device.type == "cpu" else _most_of(free_memory(device))
+        return Memory(device, there, host, narrow=narrow)
     memory = Memory(device, budget, host, stated=True, narrow=narrow)
     state = sum(t.nbytes for quantizer in fake_quantizers(graph).values() for t in quantizer.buffers())
     memory.hold("device", sum(t.nbytes for t in graph.buffers()) + SNAPSHOTS * state)
@@ -721,10 +782,16 @@ def _memory(graph: fx.GraphModule, device: torch.device, budget: int | None, rec
 
 
 def _check_memory(
-    graph: fx.GraphModule, modules: list[Unit], device: torch.device, budget: int | None, recipe: Recipe, together: int
+    graph: fx.GraphModule,
+    modules: list[Unit],
+    device: torch.device,
+    budget: int | None,
+    recipe: Recipe,
+    together: int,
+    processes: Processes,
 ) -> None:
     """Raise what a walk over the modules would raise for lack of memory, before anything slow is done."""
-    network = Network(graph, _memory(graph, device, budget, recipe))
+    network = Network(graph, _memory(graph, device, budget, recipe, processes))
     reserve(network.memory, [Needs.of(network, module) for module in modules], Sizes.of(recipe, together))
 
 
@@ -760,16 +827,19 @@ def regularizer_weight(graph: fx.GraphModule, recipe: Recipe) -> float:
     return 0.1 if depthwise else 0.01
 
 
-def _outputs(graph: fx.GraphModule, samples: Samples, batch: int) -> list[Tensor]:
+def _outputs(graph: fx.GraphModule, samples: Samples, batch: int, processes: Processes, together: int) -> list[Tensor]:
+    """Return the network's outputs on all ``samples``; each process computes those of its share."""
     flat = interface_of(graph).flatten
-    return outputs_of(lambda *a, **k: graph(*flat(a, k)), samples, batch, device_of(graph))
+    mine = samples.select(processes.share(len(samples), together))
+    return [processes.gather(t) for t in outputs_of(lambda *a, **k: graph(*flat(a, k)), mine, batch, device_of(graph))]
 
 
 def _report(prepared: Prepared, recipe: Recipe, done: Pass, seconds: float) -> Run:
     """Evaluate the network as it is now and write down the run."""
     metrics = Metrics(None, None, None, 0)
     if prepared.evaluation is not None:
-        outputs = _outputs(prepared.network(recipe), prepared.evaluation, recipe.calibration_batch)
+        graph, batch = prepared.network(recipe), recipe.calibration_batch
+        outputs = _outputs(graph, prepared.evaluation, batch, prepared.processes, prepared.together)
         metrics = compare(outputs, prepared.evaluation.labels, prepared.reference)
     names = [m.name for m in prepared.modules]
     absolute = summarize([loss.absolute for loss in done.losses])

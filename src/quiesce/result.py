@@ -106,6 +106,8 @@ class Run:
     """Optimization time saved by taking units over from the block pass."""
     kernels: str = "eager"
     """How elementwise maths of steps ran: "fused", as compiled kernels, or "eager", and why."""
+    processes: int = 1
+    """Processes that shared the images."""
     memory: MemoryRecord = field(default_factory=MemoryRecord)
     measuring_steps: int = 0
     """Steps of a module in the short passes that decided what is merged; 0 where full passes did, or nothing was."""

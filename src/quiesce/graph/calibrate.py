@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from quiesce.data import Samples
 from quiesce.graph.capture import interface_of
 from quiesce.graph.rewrite import device_of
+from quiesce.processes import Processes
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers, float_mode
 from quiesce.quant.grids import GRIDS
 from quiesce.quant.ranges import find_range, minmax_range, percentile_range, scale_and_zero_point
@@ -22,23 +23,30 @@ SAMPLED_VALUES = 2**17
 
 
 @torch.no_grad()
-def calibrate(gm: fx.GraphModule, samples: Samples, recipe: Recipe) -> fx.GraphModule:
+def calibrate(
+    gm: fx.GraphModule,
+    samples: Samples,
+    recipe: Recipe,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+) -> fx.GraphModule:
     """Set scale and zero point of every fake-quantizer of ``gm`` and round its weights to nearest; returns ``gm``.
 
     Activations are observed in the float network, as QDrop's code does: all values for the extremes, a random
-    sample of each image's for percentiles and the range search. The batch size changes nothing.
+    sample of each image's for percentiles and the range search. The batch size changes nothing, and ``processes``, each
+    with its share of the samples, find what one would find on all of them.
     """
     for node in gm.graph.nodes:
         quantizer = getattr(gm, str(node.target)) if node.op == "call_module" else None
         if isinstance(quantizer, WeightFakeQuantize):
             set_weight(quantizer, getattr(gm, str(node.args[0].target)), recipe)
     quantizers = {n: q for n, q in fake_quantizers(gm).items() if isinstance(q, ActivationFakeQuantize)}
-    observers = {name: _Observer(len(samples), recipe.seed) for name in quantizers}
+    first, images = processes.place(len(samples))
+    observers = {name: _Observer(images, first, recipe.seed) for name in quantizers}
     for batch in samples.batches(recipe.calibration_batch, device_of(gm)):
         with _observed(quantizers, observers, len(batch)), float_mode(gm):
             gm(*interface_of(gm).flatten(batch.args, batch.kwargs))
     for name, quantizer in quantizers.items():
-        quantizer.set_parameters(*observers[name].parameters(quantizer, recipe))
+        quantizer.set_parameters(*observers[name].parameters(quantizer, recipe, processes))
     return gm
 
 
@@ -60,10 +68,20 @@ def draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return rows[torch.arange(len(rows), device=rows.device)[:, None], index]
 
 
-class _Observer:
-    """Extremes of all values seen, and random ones, as many of each image whatever the batches."""
+def pass_over(images: int, entries: int, count: int, generator: torch.Generator) -> None:
+    """Leave out what :func:`draw` would draw for ``images`` rows of ``entries``, which another process has."""
+    if count < entries:
+        torch.randint(entries, (images, count), generator=generator)
 
-    def __init__(self, images: int, seed: int) -> None:
+
+class _Observer:
+    """Extremes of all values seen, and random ones, as many of each of all ``images`` whatever the batches.
+
+    What is seen begins with image number ``first``.
+    """
+
+    def __init__(self, images: int, first: int, seed: int) -> None:
+        self.first = first
         self.values_per_image = -(-SAMPLED_VALUES // images)
         self.generator = torch.Generator().manual_seed(seed)
         self.extremes: list[Tensor] = []
@@ -72,13 +90,17 @@ class _Observer:
     def add(self, x: Tensor, images: int) -> None:
         rows = x.reshape(images, -1) if x.numel() % images == 0 else x.reshape(1, -1)
         self.extremes.append(torch.stack([rows.amin(), rows.amax()]))
+        if not self.values:
+            pass_over(self.first, rows.shape[1], self.values_per_image, self.generator)
         self.values.append(draw(rows, self.values_per_image, self.generator).reshape(-1))
 
-    def parameters(self, quantizer: ActivationFakeQuantize, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    def parameters(
+        self, quantizer: ActivationFakeQuantize, recipe: Recipe, processes: Processes
+    ) -> tuple[Tensor, Tensor]:
         settings, spec = recipe.activations, quantizer.spec
         grid = GRIDS[spec.grid]
-        low, high = minmax_range(torch.cat(self.extremes).unsqueeze(0))
-        rows = torch.cat(self.values).unsqueeze(0)
+        low, high = minmax_range(processes.gather(torch.cat(self.extremes)).unsqueeze(0))
+        rows = processes.gather(torch.cat(self.values)).unsqueeze(0)
         if settings.range == "percentile":
             low, high = percentile_range(rows, settings.percentile)
         find = partial(grid.search, rows) if settings.range == "lp" else grid.span

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.data import Samples
-from quiesce.graph.calibrate import draw
+from quiesce.graph.calibrate import draw, pass_over
 from quiesce.graph.capture import interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, weight_node
 from quiesce.graph.rewrite import add_tensor, device_of, tidy
+from quiesce.processes import Processes
 from quiesce.quant.ranges import find_range
 from quiesce.quant.spec import QuantizationSpec
 from quiesce.recipe import Recipe
@@ -40,16 +41,21 @@ class LeftLayerNorm:
     reason: str
 
 
-def reparameterize(gm: fx.GraphModule, samples: Samples, recipe: Recipe) -> tuple[fx.GraphModule, list[LeftLayerNorm]]:
+def reparameterize(
+    gm: fx.GraphModule,
+    samples: Samples,
+    recipe: Recipe,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+) -> tuple[fx.GraphModule, list[LeftLayerNorm]]:
     """Return a copy of the float network ``gm`` with layer norms reparameterized, and the list of those left.
 
-    Ranges of channels are those of ``samples``, found as ``recipe.activations`` says. Computed in float64.
+    Ranges of channels are those of the ``samples`` of all ``processes``, found as ``recipe.activations`` says. Computed in float64.
     """
     gm = copy.deepcopy(gm)
     norms = gm.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
     reasons = {node: _why_not(node) for node in norms}
     fitting = [node for node in norms if not reasons[node]]
-    for node, values in _observed(gm, fitting, samples, recipe).items():
+    for node, values in _observed(gm, fitting, samples, recipe, processes).items():
         _rescale(gm, node, *_channel_grids(values, recipe))
     left = [LeftLayerNorm(node.name, reason) for node, reason in reasons.items() if reason]
     return tidy(gm), left
@@ -76,30 +82,39 @@ def _affine(norm: fx.Node) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _observed(gm: fx.GraphModule, norms: list[fx.Node], samples: Samples, recipe: Recipe) -> dict[fx.Node, Tensor]:
+def _observed(
+    gm: fx.GraphModule, norms: list[fx.Node], samples: Samples, recipe: Recipe, processes: Processes
+) -> dict[fx.Node, Tensor]:
     """Return values [channels, values] of each norm."""
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(gm.graph, mapped)
     graph.output(tuple(mapped[n] for n in norms))
     network = fx.GraphModule(gm, graph)
-    rows = {n: _Rows(-(-SAMPLED_VALUES // len(samples)), recipe.seed) for n in norms}
+    first, images = processes.place(len(samples))
+    rows = {n: _Rows(-(-SAMPLED_VALUES // images), first, recipe.seed) for n in norms}
     for batch in samples.batches(recipe.calibration_batch, device_of(gm)):
         for node, y in zip(norms, network(*interface_of(gm).flatten(batch.args, batch.kwargs)), strict=True):
             rows[node].add(y, len(batch))
-    return {node: torch.cat(seen.found).T.double() for node, seen in rows.items()}
+    return {node: processes.gather(torch.cat(seen.found)).T.double() for node, seen in rows.items()}
 
 
 class _Rows:
-    """Rows over the channels, as many of each image whatever the batches; all where there are no more."""
+    """Rows over the channels, as many of each image whatever the batches; all where there are no more.
 
-    def __init__(self, per_image: int, seed: int) -> None:
+    What is seen begins with image number ``first``.
+    """
+
+    def __init__(self, per_image: int, first: int, seed: int) -> None:
         self.per_image = per_image
+        self.first = first
         self.generator = torch.Generator().manual_seed(seed)
         self.found: list[Tensor] = []
 
     def add(self, y: Tensor, images: int) -> None:
         rows = y.reshape(images if (y.numel() // y.shape[-1]) % images == 0 else 1, -1, y.shape[-1])
+        if not self.found:
+            pass_over(self.first, rows.shape[1], self.per_image, self.generator)
         self.found.append(draw(rows, self.per_image, self.generator).flatten(0, 1))
 
 

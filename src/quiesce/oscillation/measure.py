@@ -14,6 +14,7 @@ from quiesce.graph.ops import Hyperparameters, hyperparameters, weight_node
 from quiesce.graph.place import weight_layers
 from quiesce.graph.unit import Unit
 from quiesce.memory import Rows
+from quiesce.processes import Processes
 
 IMAGES_AT_ONCE = 8
 """Images of a stream that are compared at a time."""
@@ -39,10 +40,15 @@ class Oscillation:
     """Σ (L_i − L_{i+1})² over neighbouring modules."""
 
 
-def module_loss(teacher: Mapping[str, Rows], student: Mapping[str, Rows], produced: Sequence[str]) -> ModuleLoss:
+def module_loss(
+    teacher: Mapping[str, Rows],
+    student: Mapping[str, Rows],
+    produced: Sequence[str],
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+) -> ModuleLoss:
     """Compare the two streams behind a module on the tensors it ``produced``; one passed through is not its own.
 
-    Tensors are [images, channels, ...]; masks and indices are left out.
+    Tensors are [images, channels, ...], of which ``processes`` have others; masks and indices are left out.
     """
     absolute = energy = 0.0
     for name in produced:
@@ -50,22 +56,25 @@ def module_loss(teacher: Mapping[str, Rows], student: Mapping[str, Rows], produc
         if not target.is_floating_point():
             continue
         channels = target.shape[1] if target.ndim > 1 else 1
-        noise, power = squares(student[name], target)
-        positions = math.prod(target.shape) / channels
+        noise, power, entries = squares(student[name], target, processes)
+        positions = entries / channels
         absolute += noise / positions
         energy += power / positions
     return ModuleLoss(absolute, absolute / energy if energy > 0 else 0.0)
 
 
-def squares(student: Rows, teacher: Rows) -> tuple[float, float]:
-    """Return Σ (ŷ − y)² and Σ y² over all entries, summed in float64, few images in memory at a time."""
-    sums = torch.zeros(2, dtype=torch.float64)
+def squares(student: Rows, teacher: Rows, processes: Processes) -> tuple[float, float, float]:
+    """Return Σ (ŷ − y)² and Σ y² over all entries, and their number, those of other ``processes`` included.
+
+    Summed in float64, few images in memory at a time.
+    """
+    sums = torch.tensor([0.0, 0.0, math.prod(teacher.shape)], dtype=torch.float64)
     for first in range(0, len(teacher), IMAGES_AT_ONCE):
         part = slice(first, first + IMAGES_AT_ONCE)
         target = teacher[part]
-        sums += torch.stack([_sum_of_squares(student[part] - target), _sum_of_squares(target)]).cpu()
-    noise, power = sums.tolist()
-    return noise, power
+        sums[:2] += torch.stack([_sum_of_squares(student[part] - target), _sum_of_squares(target)]).cpu()
+    noise, power, entries = processes.sum(sums).tolist()
+    return noise, power, entries
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:

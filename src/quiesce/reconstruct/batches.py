@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.memory import Rows, Stored, take
+from quiesce.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Problem:
     together: int = 1
     """Neighbouring images that stay together in every batch."""
     name: str = "unit"
+    processes: Processes = Processes()
+    """Those that have the other images."""
+    first: int = 0
+    """The number of the first image among those of all processes."""
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +49,7 @@ class Batch:
     """Rows of a problem's tensors for some images, on the working device."""
 
     images: Tensor
-    """Their numbers."""
+    """Their numbers among those of all processes."""
     quantized_inputs: list[Tensor]
     float_inputs: list[Tensor]
     targets: list[Tensor]
@@ -59,9 +64,8 @@ class Batch:
             [taken[id(r)] for r in group]
             for group in (problem.quantized_inputs, problem.float_inputs, problem.targets, problem.weights or [])
         )
-        return cls(
-            images.to(problem.device), quantized, unquantized, targets, None if problem.weights is None else weights
-        )
+        numbers = (images + problem.first).to(problem.device)
+        return cls(numbers, quantized, unquantized, targets, None if problem.weights is None else weights)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -155,9 +155,10 @@ def _decide(job: Job, recipe: GranularityRecipe, progress: Progress, block: Pass
     if recipe.method in DATA_DEPENDENT and block is not None:
         scores = [loss.absolute for loss in block.losses]
     proposal = propose([m.name for m in job.modules], recipe, scores)
-    guard = (
-        Guard(Network(job.network.gm), job.inputs, job.images, job.recipe.calibration_batch) if recipe.guard else None
-    )
+    guard = None
+    if recipe.guard:
+        view = Network(job.network.gm, processes=job.network.processes)
+        guard = Guard(view, job.inputs, job.images, job.recipe.calibration_batch)
     final, merges, trials = _passes(job, recipe, progress, proposal.groups, block, guard)
     report, kept = _final_comparison(job, guard, trials, final, block)
     restore(job.network.gm, kept.state)

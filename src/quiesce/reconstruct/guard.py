@@ -37,7 +37,8 @@ class Guard:
         self.network = network
         self.first = first
         self.batch = batch
-        self.images = len(next(iter(inputs.values()))) - first
+        self.images = network.processes.place(len(next(iter(inputs.values()))) - first)[1]
+        """All that are held out, those of other processes included."""
         self._inputs = self._held_out(inputs)
         self._float = network.run(0, network.end, self._inputs, batch, quantized=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor, fx
 
@@ -19,7 +19,7 @@ from quiesce.quant.fake_quantize import restore, snapshot
 from quiesce.recipe import Recipe, ReconstructionRecipe
 from quiesce.reconstruct.batches import Problem
 from quiesce.reconstruct.guard import Guard, Trial
-from quiesce.reconstruct.journal import Journal
+from quiesce.reconstruct.journal import Extent, Journal, digest_of
 from quiesce.reconstruct.optimize import Course, optimize
 from quiesce.reconstruct.plan import Needs, Sizes, reserve, step_images
 from quiesce.reconstruct.streams import Network, Streams, Tensors
@@ -49,7 +49,9 @@ class Job:
     kernels: str = "eager"
     """How elementwise maths of steps runs: "fused", as compiled kernels, or "eager", and why."""
     journal: Journal | None = None
-    """Where finished units are kept, and taken over from; None keeps nothing."""
+    """Where finished units are kept, and taken over from; None keeps nothing, as in all processes but the first."""
+    first: int = 0
+    """The number of the first image among those of all processes."""
 
     def clock(self) -> float:
         """Return seconds, of which differences count: a unit that is taken over takes what it took at its time."""
@@ -148,7 +150,7 @@ class _Walk:
             self.streams = self.streams.advance(network, min(stop, module.stop), job.recipe.calibration_batch)
             if self.streams.position == module.stop:
                 produced = boundary(network.nodes, module.start, module.stop).outputs
-                loss = module_loss(self.streams.float, self.streams.quantized, produced)
+                loss = module_loss(self.streams.float, self.streams.quantized, produced, network.processes)
                 if not math.isfinite(loss.absolute):
                     raise ModelError(
                         f"module {module.name} gives NaN or infinite values on the calibration images; "
@@ -166,18 +168,33 @@ class _Walk:
         module = extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop)
         extent = {"unit": unit.name, "start": unit.start, "stop": unit.stop, "steps": steps, "warm": warm}
         journal = self.job.journal if steps else None
-        record = None if journal is None else journal.take_over(module, extent)
+        record = self._finished(journal, module, extent)
         if record is None:
             began = time.perf_counter()
             course, images = self._learn(unit, steps, warm, progress) if steps else (Course([]), None)
             seconds = time.perf_counter() - began
             record = UnitRecord(names, steps, seconds, course.curve, returns=course.returns, micro_batch=images)
+            processes = self.job.network.processes
+            if processes.size > 1:
+                processes.check_alike({name: digest_of({name: t}) for name, t in snapshot(module).items()})
             if journal is not None:
                 journal.commit(module, extent, record)
         else:
             progress.plan(-steps)
         self.advance(unit.stop)
         return record
+
+    def _finished(self, journal: Journal | None, module: fx.GraphModule, extent: Extent) -> UnitRecord | None:
+        """Take over a unit that was finished before an interruption: the first process's, on all of them."""
+        processes = self.job.network.processes
+        found = None if journal is None else journal.take_over(module, extent)
+        told = processes.from_first(None if found is None else asdict(found))
+        if told is None:
+            return None
+        state = snapshot(module)
+        processes.copy_first_(list(state.values()))
+        restore(module, state)
+        return UnitRecord(**told)
 
     def _learn(self, unit: Unit, steps: int, warm: bool, progress: Progress) -> tuple[Course, int | None]:
         """Optimize on as many images at a time as memory has room for, and tell how many if that is not a batch."""
@@ -193,6 +210,11 @@ class _Walk:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if job.network.processes.size > 1:  # the others are at some step of this unit, and wait for this one
+                    raise MemoryLimitError(
+                        f"unit {unit.name} does not fit the memory of {memory.device} at {images} images at a time; state "
+                        "a memory budget (--memory) or start more processes: only one alone can try with fewer images."
+                    ) from error
                 if images <= job.together:
                     raise MemoryLimitError(
                         f"unit {unit.name} does not fit the memory of {memory.device}, even at {images} images at a "
@@ -246,6 +268,8 @@ class _Walk:
             weights=None if job.fisher is None else [job.fisher[name] for name in outputs],
             together=job.together,
             name=unit.name,
+            processes=network.processes,
+            first=job.first,
         )
 
 

@@ -32,7 +32,8 @@ def fisher_weights(
     """Return the squared gradients of the float network's own loss at the nodes ``names``, scaled to mean 1 each.
 
     The loss is the cross-entropy against labels sampled from the network's softmax, so that E[g²] is the diagonal of
-    the Fisher information (BRECQ, arXiv 2102.05426, eq. 10). One forward and one backward pass.
+    the Fisher information (BRECQ, arXiv 2102.05426, eq. 10). One forward and one backward pass. Means are those over
+    the images of all processes.
 
     Raises:
         ModelError: the network's output is not one tensor of logits [images, classes].
@@ -65,7 +66,8 @@ def fisher_weights(
             squares[name][first : first + batch] = square
             sums[name] += square.sum(dtype=torch.float64)
     for name, rows in squares.items():
-        mean = (sums[name] / math.prod(rows.shape)).clamp(min=torch.finfo(rows.dtype).tiny).to(rows.dtype)
+        total, entries = network.processes.sum(torch.stack([sums[name], sums[name].new_tensor(math.prod(rows.shape))]))
+        mean = (total / entries).clamp(min=torch.finfo(rows.dtype).tiny).to(rows.dtype)
         for first in range(0, images, batch):
             rows[first : first + batch] = rows[first : first + batch] / mean
     return squares

@@ -162,8 +162,8 @@ class Step:
     def take(self, step: int, images: Tensor, following: Tensor | None = None) -> Tensor:
         """Take step number ``step`` on ``images`` (their numbers), and return the reconstruction loss before it.
 
-        Gradients of parts of the batch add up to the batch's, as losses are means over images. ``following`` are the
-        images of the next step.
+        Gradients of parts of the batch add up to the batch's, as losses are means over images; so those of several
+        processes, which take as many images each, are averaged. ``following`` are the images of the next step.
         """
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -175,6 +175,8 @@ class Step:
                 loss = loss * (len(part) / len(images))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        gradients = [v.grad for v in self.learned.variables() if v.grad is not None]
+        self.problem.processes.mean_([total, *gradients])
         if step >= self.warmup:
             for rounding in self.roundings:
                 rounding.add_penalty(self.betas[step], self.regularizer_weight)
@@ -275,8 +277,11 @@ def _adam(variables: list[Tensor], rate: float) -> list[torch.optim.Adam]:
 
 
 def _batch_order(problem: Problem, steps: int, batch_size: int, seed: int) -> Tensor:
-    """Indices [steps, batch_size], on the CPU, of each step's images, none twice in a step; neighbours ``together``."""
-    together, generator = problem.together, torch.Generator().manual_seed(seed)
+    """Indices [steps, batch_size], on the CPU, of each step's images, none twice in a step; neighbours ``together``.
+
+    Each process has an order of its own.
+    """
+    together, generator = problem.together, torch.Generator().manual_seed(problem.processes.seed(seed))
     clips, size = problem.images // together, batch_size // together
     draws = torch.stack([torch.randperm(clips, generator=generator)[:size] for _ in range(steps)])
     return (draws.unsqueeze(-1) * together + torch.arange(together)).flatten(1)

@@ -14,6 +14,7 @@ from quiesce.graph.rewrite import device_of
 from quiesce.graph.unit import boundary, compute_nodes, extract
 from quiesce.memory import Memory, Rows, halved, is_out_of_memory
 from quiesce.oscillation.measure import squares
+from quiesce.processes import Processes
 from quiesce.quant.fake_quantize import WeightFakeQuantize, float_mode
 
 Tensors = Mapping[str, Rows]
@@ -27,14 +28,21 @@ TEMPORARIES = 4
 class Network:
     """The captured network as a sequence of stretches that can be run one after another."""
 
-    def __init__(self, gm: fx.GraphModule, memory: Memory | None = None, together: int = 1) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        memory: Memory | None = None,
+        together: int = 1,
+        processes: Processes = Processes(),  # noqa: B008 (frozen)
+    ) -> None:
         """What runs give is kept where ``memory`` has room; None: on the network's device.
 
-        Batches are multiples of ``together`` images.
+        Batches are multiples of ``together`` images. ``processes`` have the other images.
         """
         self.gm = gm
         self.memory = memory or Memory(device_of(gm) or torch.device("cpu"))
         self.together = together
+        self.processes = processes
         self.nodes = compute_nodes(gm)
         self.inputs = tuple(n.name for n in gm.graph.nodes if n.op == "placeholder")
         output = next(n for n in gm.graph.nodes if n.op == "output")
@@ -131,10 +139,10 @@ class Network:
     def output_error(self, outputs: Tensors, reference: Tensors) -> float:
         """Return E‖ŷ − y‖² / E‖y‖² of the network's ``outputs`` against ``reference`` (E‖ŷ − y‖² where y is all zeros).
 
-        It is the inverse of the outputs' signal-to-noise ratio.
+        It is the inverse of the outputs' signal-to-noise ratio, over the images of all processes.
         """
-        sums = [squares(outputs[name], reference[name]) for name in self.outputs]
-        noise, energy = sum(n for n, _ in sums), sum(e for _, e in sums)
+        sums = [squares(outputs[name], reference[name], self.processes) for name in self.outputs]
+        noise, energy = sum(n for n, _, _ in sums), sum(e for _, e, _ in sums)
         return noise / energy if energy > 0 else noise
 
 
