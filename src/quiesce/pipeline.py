@@ -45,7 +45,7 @@ from quiesce.oscillation.capacity import modcap
 from quiesce.oscillation.measure import ModuleLoss, summarize
 from quiesce.precision.assignment import Budget, MixedPrecision, mixed_precision
 from quiesce.precision.sensitivity import Sensitivity, layer_sensitivities
-from quiesce.processes import Processes
+from quiesce.processes import ALONE, Processes
 from quiesce.progress import Progress, ProgressCallback
 from quiesce.quant import kernels
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers, float_mode, restore, snapshot
@@ -277,7 +277,7 @@ class Prepared:
     device: torch.device
     memory: int | None = None
     """Bytes that reconstruction may take on the device; None: most of what is free."""
-    processes: Processes = Processes()
+    processes: Processes = ALONE
     """Those that share the images."""
 
     def network(self, recipe: Recipe) -> fx.GraphModule:
@@ -318,7 +318,7 @@ def prepare(
     recipe's guard. ``processes`` are as for :func:`quantize`.
     """
     began = time.perf_counter()
-    processes = processes or Processes()
+    processes = processes or ALONE
     where = torch.device(device) if device is not None else _device_of(model)
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     in_file = budget is not None and where.type == "cpu"

@@ -67,7 +67,7 @@ class Processes:
                 f"{what}: {images}, fewer than {self.size} processes can share; give more, or start fewer processes."
             )
         mine = self.share(images, together)
-        return mine.stop - mine.start
+        return int(mine.stop - mine.start)
 
     def seed(self, seed: int) -> int:
         """Return a seed of this process's own; the first one keeps ``seed``."""
@@ -75,7 +75,7 @@ class Processes:
 
     def place(self, count: int) -> tuple[int, int]:
         """Return how many things the processes in front of this one have, and all together; this one has ``count``."""
-        counts = self.gather(torch.tensor([count])).tolist()
+        counts: list[int] = self.gather(torch.tensor([count])).tolist()
         return sum(counts[: self.rank]), sum(counts)
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class Processes:
             with self._connected():
                 dist.all_reduce(flat)
             flat /= self.size
-            for tensor, mean in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            for tensor, mean in zip(group, torch.split(flat, [t.numel() for t in group]), strict=True):
                 tensor.copy_(mean.view(tensor.shape))
 
     def sum(self, values: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Processes:
             return [text]
         content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
         lengths = self.gather(torch.tensor([len(content)])).tolist()
-        parts = self.gather(content).split(lengths)
+        parts = torch.split(self.gather(content), lengths)
         return [bytes(part.tolist()).decode() for part in parts]
 
     def from_first(self, value: Any) -> Any:
@@ -166,6 +166,10 @@ class Processes:
             ) from error
 
 
+ALONE = Processes()
+"""One process that does all."""
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Processes]:
     """Within the block, be one of the processes that ``torchrun`` started, working on ``device``; alone, if it did not.
@@ -174,7 +178,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         ClusterError: the others can't be reached.
     """
     if "WORLD_SIZE" not in os.environ:
-        yield Processes()
+        yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)

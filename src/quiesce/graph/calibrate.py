@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from quiesce.data import Samples
 from quiesce.graph.capture import interface_of
 from quiesce.graph.rewrite import device_of
-from quiesce.processes import Processes
+from quiesce.processes import ALONE, Processes
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, fake_quantizers, float_mode
 from quiesce.quant.grids import GRIDS
 from quiesce.quant.ranges import find_range, minmax_range, percentile_range, scale_and_zero_point
@@ -27,7 +27,7 @@ def calibrate(
     gm: fx.GraphModule,
     samples: Samples,
     recipe: Recipe,
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    processes: Processes = ALONE,
 ) -> fx.GraphModule:
     """Set scale and zero point of every fake-quantizer of ``gm`` and round its weights to nearest; returns ``gm``.
 

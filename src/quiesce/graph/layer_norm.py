@@ -24,7 +24,7 @@ from quiesce.graph.calibrate import draw, pass_over
 from quiesce.graph.capture import interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, weight_node
 from quiesce.graph.rewrite import add_tensor, device_of, tidy
-from quiesce.processes import Processes
+from quiesce.processes import ALONE, Processes
 from quiesce.quant.ranges import find_range
 from quiesce.quant.spec import QuantizationSpec
 from quiesce.recipe import Recipe
@@ -45,11 +45,12 @@ def reparameterize(
     gm: fx.GraphModule,
     samples: Samples,
     recipe: Recipe,
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    processes: Processes = ALONE,
 ) -> tuple[fx.GraphModule, list[LeftLayerNorm]]:
     """Return a copy of the float network ``gm`` with layer norms reparameterized, and the list of those left.
 
-    Ranges of channels are those of the ``samples`` of all ``processes``, found as ``recipe.activations`` says. Computed in float64.
+    Ranges of channels are those of the ``samples`` of all ``processes``, found as ``recipe.activations`` says.
+    Computed in float64.
     """
     gm = copy.deepcopy(gm)
     norms = gm.graph.find_nodes(op="call_function", target=aten.layer_norm.default)

@@ -14,7 +14,7 @@ from quiesce.graph.ops import Hyperparameters, hyperparameters, weight_node
 from quiesce.graph.place import weight_layers
 from quiesce.graph.unit import Unit
 from quiesce.memory import Rows
-from quiesce.processes import Processes
+from quiesce.processes import ALONE, Processes
 
 IMAGES_AT_ONCE = 8
 """Images of a stream that are compared at a time."""
@@ -44,7 +44,7 @@ def module_loss(
     teacher: Mapping[str, Rows],
     student: Mapping[str, Rows],
     produced: Sequence[str],
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    processes: Processes = ALONE,
 ) -> ModuleLoss:
     """Compare the two streams behind a module on the tensors it ``produced``; one passed through is not its own.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.memory import Rows, Stored, take
-from quiesce.processes import Processes
+from quiesce.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Problem:
     together: int = 1
     """Neighbouring images that stay together in every batch."""
     name: str = "unit"
-    processes: Processes = Processes()
+    processes: Processes = ALONE
     """Those that have the other images."""
     first: int = 0
     """The number of the first image among those of all processes."""

@@ -212,8 +212,8 @@ class _Walk:
                     raise
                 if job.network.processes.size > 1:  # the others are at some step of this unit, and wait for this one
                     raise MemoryLimitError(
-                        f"unit {unit.name} does not fit the memory of {memory.device} at {images} images at a time; state "
-                        "a memory budget (--memory) or start more processes: only one alone can try with fewer images."
+                        f"unit {unit.name} does not fit the memory of {memory.device} at {images} images at a time; "
+                        "state a memory budget (--memory), so that all processes take fewer, or start more of them."
                     ) from error
                 if images <= job.together:
                     raise MemoryLimitError(

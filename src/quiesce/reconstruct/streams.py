@@ -14,7 +14,7 @@ from quiesce.graph.rewrite import device_of
 from quiesce.graph.unit import boundary, compute_nodes, extract
 from quiesce.memory import Memory, Rows, halved, is_out_of_memory
 from quiesce.oscillation.measure import squares
-from quiesce.processes import Processes
+from quiesce.processes import ALONE, Processes
 from quiesce.quant.fake_quantize import WeightFakeQuantize, float_mode
 
 Tensors = Mapping[str, Rows]
@@ -33,7 +33,7 @@ class Network:
         gm: fx.GraphModule,
         memory: Memory | None = None,
         together: int = 1,
-        processes: Processes = Processes(),  # noqa: B008 (frozen)
+        processes: Processes = ALONE,
     ) -> None:
         """What runs give is kept where ``memory`` has room; None: on the network's device.
 
