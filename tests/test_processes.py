@@ -93,8 +93,7 @@ def test_a_whole_run_learns_what_one_process_learns_from_the_same_batches(
     alone = together.run(None, "block")
     found = differing(both.of("plain"), snapshot(alone.graph_module))
     seeds = differing(other, snapshot(alone.graph_module))
-    print(found, seeds)
-    assert found < 0.01 and found < seeds / 3
+    assert found < 0.002 < 0.01 < seeds  # measured: 0 and 0.023
     run, shared = alone.result.run, both.result("plain").run
     assert list(shared.module_losses.values()) == pytest.approx(list(run.module_losses.values()), rel=0.05)
     assert shared.agreement == pytest.approx(run.agreement, abs=1.0)

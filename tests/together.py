@@ -212,5 +212,6 @@ def told(work: Callable[[], object]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
+    prepare(Chain(1), images(8), recipe("nearest"))  # imports all that is imported late
     begun = [child(lambda rank=rank: told(lambda: work(place, rank)), place / f"log-{rank}") for rank in range(SIZE)]  # type: ignore
     sys.exit(max(abs(wait(process)) for process in begun))
