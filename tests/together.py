@@ -23,16 +23,16 @@ from torch import Tensor
 
 from killed import child, wait
 from quiesce.errors import QuiesceError
-from quiesce.memory import Memory
-from quiesce.pipeline import QuantizedModel, _job, prepare, quantize
+from quiesce.pipeline import Prepared, _job, prepare, quantize, run
 from quiesce.processes import Processes
 from quiesce.quant.draws import Draws
-from quiesce.quant.fake_quantize import Drop, snapshot
+from quiesce.quant.fake_quantize import Drop
 from quiesce.recipe import Recipe
 from quiesce.reconstruct import optimize as optimizing
 from quiesce.reconstruct.batches import Batches, Problem
 from quiesce.reconstruct.loop import _Walk
 from quiesce.reconstruct.optimize import Learned, Step, optimize
+from quiesce.result import Result
 from tiny import Chain, images, recipe
 from transformer import transformer
 
@@ -50,19 +50,19 @@ def exact() -> Recipe:
 
 def problem(processes: Processes, settings: Recipe) -> tuple[Problem, Recipe]:
     """The third block of a network in float64, quantized in front of it, and the recipe of each process."""
-    prepared = prepare(Chain(4).double(), images(32).double(), settings, processes=processes)
-    job = _job(prepared, settings, Memory())
+    start = prepare(Chain(4).double(), images(32).double(), settings, processes=processes)
+    job = _job(start, settings)
     walk, unit = _Walk(job), job.modules[2]
     walk.advance(unit.start)
     return walk._problem(unit), replace(job.recipe, reconstruction=job.reconstruction)
 
 
-def orders(whole: Problem, steps: int, batch: int, seed: int) -> Tensor:
+def orders(given: Problem, steps: int, batch: int, seed: int) -> Tensor:
     """Images of each step, those that ``SIZE`` processes would take, in the order of ranks."""
     found = []
     for rank in range(SIZE):
-        part = Processes(rank, SIZE).share(whole.images, whole.together)
-        share = replace(whole, images=part.stop - part.start, processes=Processes(rank, SIZE))
+        part = Processes(rank, SIZE).share(given.images, given.together)
+        share = replace(given, images=part.stop - part.start, processes=Processes(rank, SIZE))
         found.append(optimizing._batch_order(share, steps, batch // SIZE, seed) + part.start)
     return torch.cat(found, dim=1)
 
@@ -85,10 +85,20 @@ def steps(given: Problem, local: Recipe) -> dict[str, Tensor]:
     return {"losses": torch.stack(losses), "gradients": torch.stack(gradients), "values": values}
 
 
-def run(processes: Processes | None, granularity: str = "loss", seed: int = 0, **more: Any) -> QuantizedModel:
-    """Quantize a small network, with a guard if it is merged, on the path that a user takes."""
-    settings = recipe(granularity=granularity, seed=seed, **WHOLE)
-    return quantize(Chain(4), images(64), settings, evaluate=images(256, seed=3), processes=processes, **more)
+def prepared(processes: Processes, granularity: str) -> Prepared:
+    """A small network, with held-out images if it is to be merged."""
+    return prepare(
+        Chain(4), images(64), whole(granularity), evaluate=images(256, seed=3), processes=processes, name="chain"
+    )
+
+
+def whole(granularity: str, seed: int = 0) -> Recipe:
+    return recipe(granularity=granularity, seed=seed, **WHOLE)
+
+
+def made(start: Prepared, settings: Recipe, **more: Any) -> tuple[Result, dict[str, Tensor]]:
+    runs, done = run(start, settings, **more)
+    return start.result(runs, settings), done.state
 
 
 def calibrated(processes: Processes | None) -> dict[str, Tensor]:
@@ -96,17 +106,16 @@ def calibrated(processes: Processes | None) -> dict[str, Tensor]:
     settings = recipe("nearest", activation_range="percentile", activation_bits=8)
     found = prepare(Chain(2), images(33), settings, processes=processes).initial
     settings = recipe("nearest", activation_range="lp", activation_layer_norm="reparameterized", activation_bits=8)
-    prepared = prepare(transformer(), images(9), settings, processes=processes)
-    norms = {key: t for key, t in prepared.graph.named_buffers() if "_gain" in key or "_offset" in key}
-    return {**{f"chain.{k}": t for k, t in found.items()}, **prepared.initial, **norms}
+    network = prepare(transformer(), images(9), settings, processes=processes)
+    norms = {key: t for key, t in network.graph.named_buffers() if "_gain" in key or "_offset" in key}
+    return {**{f"chain.{k}": t for k, t in found.items()}, **network.initial, **norms}
 
 
-def fisher(processes: Processes) -> float:
-    """Mean of all processes' Fisher weights, which each has scaled."""
-    settings = recipe("brecq", fisher=True, **WHOLE)
-    job = _job(prepare(Chain(2), images(33), settings, processes=processes), settings, Memory())
+def fisher(start: Prepared) -> float:
+    """How far the mean of all processes' Fisher weights, which each has scaled, is from 1."""
+    job = _job(start, recipe("brecq", fisher=True, **WHOLE))
     assert job.fisher is not None
-    found = [processes.gather(rows[: len(rows)].reshape(len(rows), -1)).mean() for rows in job.fisher.values()]
+    found = [start.processes.gather(rows[: len(rows)].reshape(len(rows), -1)).mean() for rows in job.fisher.values()]
     return max(abs(float(mean) - 1) for mean in found)
 
 
@@ -161,7 +170,7 @@ class InterruptError(Exception):
     pass
 
 
-def interrupted(processes: Processes, place: Path) -> QuantizedModel:
+def interrupted(start: Prepared, place: Path) -> tuple[Result, dict[str, Tensor]]:
     """Stop a run behind some units, in all processes, and begin it again."""
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -169,10 +178,10 @@ def interrupted(processes: Processes, place: Path) -> QuantizedModel:
             raise InterruptError
 
     try:
-        run(processes, progress_folder=place, progress=stop)
+        run(start, whole("loss"), progress_folder=place, progress=stop)
         raise AssertionError("the run was to be stopped")
     except InterruptError:
-        return run(processes, progress_folder=place)
+        return made(start, whole("loss"), progress_folder=place)
 
 
 def work(folder: Path, rank: int) -> None:
@@ -184,15 +193,14 @@ def work(folder: Path, rank: int) -> None:
     tensors = {f"steps.{k}": t for k, t in steps(*given).items()}
     about["not finite"] = not_finite(*given)
     tensors |= {f"calibrated.{k}": t for k, t in calibrated(processes).items()}
-    about["fisher"] = fisher(processes)
-    whole, plain = run(processes), run(processes, "block")
-    resumed = interrupted(processes, folder / f"progress-{rank}")  # only the first one's is used
-    for name, made in {"whole": whole, "plain": plain, "resumed": resumed}.items():
-        about[name] = json.loads(made.result.to_json())
-        tensors |= {f"{name}.{k}": t for k, t in snapshot(made.graph_module).items()}
-    small = recipe("nearest")
-    about["few"] = said(lambda: quantize(Chain(1), images(8), small, evaluate=images(1), processes=processes))
-    about["unlike"] = said(lambda: quantize(Chain(1, seed=rank), images(8), small, processes=processes))
+    plain, merged = prepared(processes, "block"), prepared(processes, "loss")
+    about["fisher"] = fisher(plain)
+    found = {"plain": made(plain, whole("block")), "merged": made(merged, whole("loss"))}
+    found["resumed"] = interrupted(merged, folder / f"progress-{rank}")  # only the first one's is used
+    for name, (result, state) in found.items():
+        about[name] = json.loads(result.to_json())
+        tensors |= {f"{name}.{k}": t for k, t in state.items()}
+    about["unlike"] = said(lambda: quantize(Chain(1, seed=rank), images(8), recipe("nearest"), processes=processes))
     save_file({k: t.contiguous() for k, t in tensors.items()}, folder / f"{rank}.safetensors")
     if rank == 0:
         about["lost"] = said(lambda: processes.gather(torch.zeros(1)))  # the other one is gone
