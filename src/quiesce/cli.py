@@ -259,9 +259,11 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    processes, command = int(os.environ.get("WORLD_SIZE", "1")), context.invoked_subcommand
-    if processes > 1 and command != "quantize":
-        raise ClusterError(f"{command} is work for one process, and torchrun started {processes}; start it without.")
+    from quiesce.processes import started_by_torchrun
+
+    command = context.invoked_subcommand
+    if command != "quantize" and started_by_torchrun():
+        raise ClusterError(f"{command} is work for one process; start it without torchrun.")
 
 
 @app.command()

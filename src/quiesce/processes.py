@@ -170,6 +170,10 @@ ALONE = Processes()
 """One process that does all."""
 
 
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Processes]:
     """Within the block, be one of the processes that ``torchrun`` started, working on ``device``; alone, if it did not.
@@ -177,7 +181,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     Raises:
         ClusterError: the others can't be reached.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if not started_by_torchrun():
         yield ALONE
         return
     if device.type == "cuda":
@@ -186,7 +190,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ClusterError(f"the processes can't be brought together ({reason}); start them by torchrun.") from error
+        raise ClusterError(f"the processes can't be brought together ({reason}); start them by torchrun, on all machines.") from error
     yield Processes.current()
     # Not when something went wrong: to take leave would be to wait for processes that are gone.
     dist.destroy_process_group()
