@@ -199,7 +199,7 @@ def test_others_that_can_not_be_reached(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with (
-        pytest.raises(ClusterError, match=r"can't be brought together .*start them by torchrun"),
+        pytest.raises(ClusterError, match=r"can't be brought together .*start all of them by torchrun"),
         process_group(torch.device("cpu")),
     ):
         pass

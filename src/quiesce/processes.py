@@ -190,7 +190,9 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ClusterError(f"the processes can't be brought together ({reason}); start them by torchrun, on all machines.") from error
+        raise ClusterError(
+            f"the processes can't be brought together ({reason}); start all of them by torchrun."
+        ) from error
     yield Processes.current()
     # Not when something went wrong: to take leave would be to wait for processes that are gone.
     dist.destroy_process_group()
