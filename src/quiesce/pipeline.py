@@ -60,6 +60,8 @@ from quiesce.result import MemoryRecord, Result, Run, hardware, versions
 
 FUSED_STEPS = 5000
 """Steps of all units from which on compiling kernels, some 20 seconds, pays even on a small network."""
+COPIES = 2
+"""Of the network, beside the captured one, that preparation holds: the folded one, and that with fake-quantizers."""
 SNAPSHOTS = 3
 """States of all fake-quantizers that a run holds at a time: the calibrated one, and those of two passes."""
 
@@ -316,6 +318,7 @@ def prepare(
     together = images_together(captured, samples.select(slice(LARGEST_CLIP)).to(where))
     _check_together(together, recipe, {"calibration images": len(samples) - holdout, "held-out images": holdout})
     network = Network(captured, _memory(captured, where, budget, recipe), together)
+    network.memory.hold("device", COPIES * sum(t.nbytes for t in captured.buffers()) if budget else 0)
     recipe = replace(recipe, calibration_batch=network.images_at_a_time(recipe.calibration_batch))
     folded, left = fold(captured)
     folded, left_norms = _reparameterized(split_attention(folded), samples, recipe)
@@ -325,6 +328,7 @@ def prepare(
     if recipe.granularity is not None:
         check_granularity([m.name for m in modules], recipe.granularity)
     _check_memory(graph, modules, where, budget, recipe, together)
+    network.memory.trim()
     calibrate(graph, samples, recipe)
     if BACKENDS[recipe.backend].integer_bias:
         make_room_for_biases(graph)
@@ -377,6 +381,7 @@ def run(
     """
     restore(prepared.graph, prepared.initial)
     memory = _memory(prepared.graph, prepared.device, prepared.memory, recipe)
+    memory.trim()  # of what preparation has freed
     with Peak(prepared.device) as peak:
         job = _job(prepared, recipe, memory, fused)
         runs, kept = _run(prepared, recipe, job, block, progress, progress_folder)
