@@ -7,6 +7,7 @@ read and written by the same expressions: ``rows[first:stop]``, ``rows[index]``,
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import mmap
 import os
@@ -201,7 +202,9 @@ class Memory:
             )
 
     def trim(self) -> None:
-        """Give memory that was freed back to the system: the C library keeps much of it."""
+        """Give unused memory back to the system: graphs hold tensors in cycles, and the C library keeps much."""
+        if self.stated:
+            gc.collect()
         if self.stated and self.device.type == "cpu" and sys.platform == "linux":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
             if trim is not None:

@@ -61,6 +61,8 @@ from quiesce.result import MemoryRecord, Result, Run, hardware, versions
 
 FUSED_STEPS = 5000
 """Steps of all units from which on compiling kernels, some 20 seconds, pays even on a small network."""
+COPIES = 2
+"""Of the network, beside the captured one, that preparation holds: the folded one, and that with fake-quantizers."""
 SNAPSHOTS = 3
 """States of all fake-quantizers that a run holds at a time: the calibrated one, and those of two passes."""
 
@@ -333,6 +335,7 @@ def prepare(
     holdout = processes.part("held-out images", holdout, together) if holdout else 0
     _check_batch(recipe, len(samples) - holdout, processes)
     network = Network(captured, _memory(captured, where, budget, recipe, processes), together)
+    network.memory.hold("device", COPIES * sum(t.nbytes for t in captured.buffers()) if budget else 0)
     recipe = replace(recipe, calibration_batch=network.images_at_a_time(recipe.calibration_batch))
     folded, left = fold(captured)
     folded, left_norms = _reparameterized(split_attention(folded), samples, recipe, processes)
@@ -342,6 +345,7 @@ def prepare(
     if recipe.granularity is not None:
         check_granularity([m.name for m in modules], recipe.granularity)
     _check_memory(graph, modules, where, budget, recipe, together, processes)
+    network.memory.trim()
     calibrate(graph, samples, recipe, processes)
     if BACKENDS[recipe.backend].integer_bias:
         make_room_for_biases(graph)
@@ -396,6 +400,7 @@ def run(
     """
     restore(prepared.graph, prepared.initial)
     memory = _memory(prepared.graph, prepared.device, prepared.memory, recipe, prepared.processes)
+    memory.trim()  # of what preparation has freed
     with Peak(prepared.device) as peak:
         job = _job(prepared, recipe, memory, fused)
         runs, kept = _run(prepared, recipe, job, block, progress, progress_folder)

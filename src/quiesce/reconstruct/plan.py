@@ -9,7 +9,7 @@ from quiesce.graph.unit import Unit, boundary
 from quiesce.memory import Memory
 from quiesce.quant.fake_quantize import WeightFakeQuantize
 from quiesce.recipe import Recipe
-from quiesce.reconstruct.streams import Network
+from quiesce.reconstruct.streams import OVERHEAD, Network
 
 STEP = 4.0
 """A step's memory for an image, in the bytes of all that the unit's nodes make of it (upper bound of measurements on
@@ -17,8 +17,6 @@ ResNet-18 and MobileNetV2: docs/performance.md)."""
 LEARNED = 24
 """Bytes of a step for each byte of a weight: V, its gradient and moments, the soft weight, and what the regularizer
 keeps (likewise)."""
-OVERHEAD = 32 * 10**6
-"""Bytes that any work takes: workspaces, and what allocators keep."""
 
 
 @dataclass(frozen=True)

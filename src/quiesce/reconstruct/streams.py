@@ -21,8 +21,13 @@ Tensors = Mapping[str, Rows]
 """Tensors [images, ...] by node name, wherever they are."""
 
 
-TEMPORARIES = 4
-"""Tensors as large as its result that a node takes at most while it runs, this one included (a fake-quantizer does)."""
+TEMPORARIES = 8
+"""Tensors as large as its result that are counted for a node while it runs: a fake-quantizer takes four, and allocators
+keep as much of what was freed before."""
+
+
+OVERHEAD = 32 * 10**6
+"""Bytes that any work takes: workspaces, and what allocators keep."""
 
 
 class Network:
@@ -81,7 +86,7 @@ class Network:
     def images_at_a_time(self, batch: int, start: int = 0, stop: int | None = None) -> int:
         """Return ``batch``, or so many images fewer that memory suffices to run ``[start, stop)`` on them."""
         each = self.forward_bytes(start, self.end if stop is None else stop)
-        return self.memory.at_a_time(batch, each, 0, self.together)
+        return self.memory.at_a_time(batch, each, OVERHEAD, self.together)
 
     def forward_bytes(self, start: int, stop: int) -> int:
         """Return the bytes for one image that a forward pass of ``[start, stop)`` takes at most at a time."""
