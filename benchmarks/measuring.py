@@ -54,9 +54,8 @@ WARM_SHARE = 0.1
 """Share at which the final pass is made a second time, starting from the short passes' rounding and step sizes."""
 WHOLE = ((0.1, False, True), (0.1, False, False), (0.1, True, False), (1.0, False, False))
 """Whole runs that are timed: measuring, steps_per_module, guard."""
-FAST = ", fast trials"
-TRIALS = ("", FAST)
-"""Trials of merges at the rates of a long pass, as the package makes them, and at those of a short one."""
+TRIALS = ("", ", usual rates")
+"""Trials of merges as the package makes them, and at the rates of long passes: rows of an earlier form of the code."""
 Row = dict[str, Any]
 
 
@@ -157,20 +156,16 @@ class Comparison:
 
     def _measured(self, share: float) -> Iterator[Row]:
         """The runs that short passes decide, and each pair on top of their block pass."""
-        granularity = replace(self.granularity, measuring=1.0)
-        for trials in TRIALS:
-            short = measuring_job(self.job, share)
-            short = replace(short, warm_reconstruction=None) if trials == FAST else short
-            outcome, cost = timed(lambda short=short: merged_pass(short, granularity, Progress(), None))
-            assert outcome.block is not None
-            done, after = self._final(outcome.kept.groups)
-            choice = self._choice(share, cost, outcome)
-            yield self._row("loss" + trials, done, cost + after) | choice
-            if share == WARM_SHARE and trials != FAST:
-                warm, after = timed(lambda units=outcome.kept: self._warm(units))
-                yield self._row("loss, warm", warm, cost + after) | choice
-            pairs = self._pairs("pairs" + trials, share, short, outcome.block)
-            yield pairs | self._scores(outcome.block)
+        short, granularity = measuring_job(self.job, share), replace(self.granularity, measuring=1.0)
+        outcome, cost = timed(lambda: merged_pass(short, granularity, Progress(), None))
+        assert outcome.block is not None
+        done, after = self._final(outcome.kept.groups)
+        choice = self._choice(share, cost, outcome)
+        yield self._row("loss", done, cost + after) | choice
+        if share == WARM_SHARE:
+            warm, after = timed(lambda: self._warm(outcome.kept))
+            yield self._row("loss, warm", warm, cost + after) | choice
+        yield self._pairs("pairs", share, short, outcome.block) | self._scores(outcome.block)
 
     def _warm(self, short: Pass) -> Pass:
         """The final pass, with every unit started from what the short passes left."""
@@ -268,6 +263,7 @@ def _agreement(rows: list[Row]) -> list[str]:
     sides = {
         f"{share:.0%} of the steps{trials}": [(_found(rows, seed, share, trials), full[seed]) for seed in full]
         for trials, share in itertools.product(TRIALS, SHARES)
+        if any(r["method"] == "loss" + trials and r["measuring"] == share for r in rows)
     }
     if len(full) > 1:
         sides["full, another seed"] = [(full[a], full[b]) for a, b in itertools.combinations(full, 2)]

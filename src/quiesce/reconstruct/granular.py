@@ -30,7 +30,8 @@ DATA_DEPENDENT = ("loss", "loss-descent", "log-ratio")
 FEWEST_STEPS = 20
 """Steps below which a pass tells little about a longer one."""
 FASTEST_ROUNDING = 0.1
-"""Largest learning rate of V that a measuring pass is given: above it, decisions are noise."""
+"""Largest learning rate of V that a measuring pass is given, unless the recipe's is larger: higher ones rank no better
+(docs/performance.md)."""
 
 
 @dataclass
@@ -130,19 +131,15 @@ def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: 
 
 
 def measuring_job(job: Job, share: float) -> Job:
-    """Return ``job`` with that ``share`` of the steps.
-
-    Rates are as many times higher, so that all still travels as far; within the bounds of :data:`FEWEST_STEPS` and
-    :data:`FASTEST_ROUNDING`. But those of units that start from an earlier pass stay: they have not as far to go, and
-    what higher rates add is noise, which hides what a merge gains.
-    """
+    """Return ``job`` with that ``share`` of the steps, at rates as many times higher, so that all still travels as far;
+    within the bounds of :data:`FEWEST_STEPS` and :data:`FASTEST_ROUNDING`."""
     recipe = job.reconstruction
     steps = min(recipe.steps, max(FEWEST_STEPS, round(share * recipe.steps)))
     faster = max(1.0, min(recipe.steps / steps, FASTEST_ROUNDING / recipe.rounding_lr))
     short = replace(
         recipe, steps=steps, rounding_lr=recipe.rounding_lr * faster, step_size_lr=recipe.step_size_lr * faster
     )
-    return replace(job, reconstruction=short, warm_reconstruction=recipe)
+    return replace(job, reconstruction=short)
 
 
 def _decide(job: Job, recipe: GranularityRecipe, progress: Progress, block: Pass | None) -> Outcome:

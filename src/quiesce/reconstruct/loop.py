@@ -43,8 +43,6 @@ class Job:
     recipe: Recipe
     reconstruction: ReconstructionRecipe
     regularizer_weight: float
-    warm_reconstruction: ReconstructionRecipe | None = None
-    """For units that start from an earlier pass; None: as for all others."""
     fisher: Tensors | None = None
     kernels: str = "eager"
     """How elementwise maths of steps runs: "fused", as compiled kernels, or "eager", and why."""
@@ -231,7 +229,7 @@ class _Walk:
         job = self.job
         return optimize(
             problem,
-            (job.warm_reconstruction if warm else None) or job.reconstruction,
+            job.reconstruction,
             steps=steps,
             regularizer_weight=job.regularizer_weight,
             warm=warm,
