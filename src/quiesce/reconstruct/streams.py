@@ -152,8 +152,9 @@ class Network:
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    """The size that a dimension had when the network was captured."""
-    return size if isinstance(size, int) else int(size.node.hint)  # type: ignore[arg-type]
+    """The size that a dimension had when the network was captured; 1 for one that depends on values."""
+    hint = size if isinstance(size, int) else size.node.hint
+    return 1 if hint is None else int(hint)
 
 
 def _forward(module: fx.GraphModule, inputs: list[Tensor], quantized: bool) -> tuple[Tensor, ...]:
