@@ -246,6 +246,16 @@ def _signals_as_exceptions() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _ctrl_c_as_keyboard_interrupt() -> Iterator[None]:
+    """Within the block, Ctrl-C raises what Python itself raises: Ray's compiled code fails at any other exception."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"quiesce {metadata.version('quiesce')}")
@@ -427,11 +437,11 @@ def sweep(
         return
     try:
         # Ray prints there when a worker is lost, of which one is told in one line.
-        with bar as progress, redirect_stdout(io.StringIO()):
+        with bar as progress, redirect_stdout(io.StringIO()), _ctrl_c_as_keyboard_interrupt():
             rows = run_sweep(
                 plan, out, save_networks=save_networks, progress=progress, tell=lambda text: typer.echo(text, err=True)
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         done = f"{len(finished(plan, out, save_networks))} of {len(plan.cells)} cells are finished and kept in {out}"
         typer.echo(f"interrupted: {done}; the same command runs the others.", err=True)
         raise

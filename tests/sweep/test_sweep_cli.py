@@ -93,16 +93,34 @@ def test_bad_input(place: Path, command: Command, arguments: tuple[str, ...], me
     assert code == 1 and out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+def by_ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (by_ctrl_c, 130),
+        (lambda: signal.raise_signal(signal.SIGINT), 130),
+        (lambda: signal.raise_signal(signal.SIGTERM), 143),
+    ],
+    ids=["as an exception", "SIGINT", "SIGTERM"],
+)
 def test_an_interruption_says_how_to_go_on(
-    read: Read, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    read: Read,
+    place: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: Callable[[], None],
+    expected: int,
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        stop()
 
     keep(read(*ONE_CELL[1:]), place / "out", 0)
     monkeypatch.setattr("quiesce.sweep.run.run_sweep", interrupted)
     code, _, err = command("../sweep.toml", "--out", "../out")
-    assert code == 130 and "Traceback" not in err
+    assert code == expected and "Traceback" not in err
     assert "interrupted: 1 of 2 cells are finished and kept in ../out; the same command runs the others.\n" in err
 
 
