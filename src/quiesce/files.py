@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,14 @@ def count_values(value: Any) -> int:
             return count
         level = [v for outer in level for v in (outer.values() if isinstance(outer, dict) else outer)]
     raise ValueError(f"nested deeper than {MOST_LEVELS} levels")
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one: ``{"a": {"b": 1}}`` → ``{"a.b": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def read_safetensors(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:

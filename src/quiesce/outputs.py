@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from quiesce.errors import OutputError
 
@@ -112,6 +114,25 @@ def write_bytes(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise _cannot_write(path, error) from error
         raise
+
+
+def take_lock(path: Path, busy: str) -> BinaryIO:
+    """Lock the file ``path``, made if needed, for this process until it is closed; the system frees it at the latest.
+
+    Raises:
+        OutputError: another process holds it; ``busy`` is the message.
+        OSError: the system can't lock there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if isinstance(error, BlockingIOError):
+            raise OutputError(busy) from error
+        raise
+    return file
 
 
 def _partial(path: Path) -> Path:

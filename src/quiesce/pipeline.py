@@ -243,7 +243,7 @@ def quantize(
         QuiesceError: one sentence on what is wrong with the model, the data or the recipe, or that ``progress_folder``
             is of another run.
     """
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    budget = _bytes(memory)
     if progress_folder is not None and (processes is None or processes.first):
         where = torch.device(device) if device is not None else _device_of(model)
         check_same_run(Path(progress_folder), _settings(recipe, where, budget))
@@ -322,7 +322,7 @@ def prepare(
     began = time.perf_counter()
     processes = processes or ALONE
     where = torch.device(device) if device is not None else _device_of(model)
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    budget = _bytes(memory)
     in_file = budget is not None and where.type == "cpu"
     samples = gather(calibration, "calibration", in_file=in_file)
     holdout = _holdout(recipe, len(samples)) if holdout is None else holdout
@@ -677,13 +677,11 @@ def _check_together(together: int, recipe: Recipe, counts: dict[str, int]) -> No
 
 def _identity(prepared: Prepared, recipe: Recipe, job: Job, block: Pass | None) -> dict[str, Any]:
     """Return all that decides the numbers of a run, as nested plain data; the same in all processes."""
-    names = [str(node.target) for node in prepared.graph.graph.nodes if node.op == "get_attr"]
-    tensors = {name: getattr(prepared.graph, name) for name in names}
     return {
         **_settings(recipe, prepared.device, prepared.memory),
         "fused kernels": job.kernels == "fused",
         "processes": prepared.processes.size,
-        "model": {"structure": digest_of_text(prepared.graph.code), "tensors": digest_of(tensors)},
+        "model": {"structure": digest_of_text(prepared.graph.code), "tensors": digest_of(_tensors(prepared.graph))},
         "calibration": {
             "images": len(prepared.samples),
             "held out": len(prepared.samples) - prepared.images,
@@ -723,9 +721,9 @@ def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fused
             for n in boundary(network.nodes, u.start, u.stop).outputs
         }
         fisher = fisher_weights(network, inputs, names, recipe.calibration_batch, generator)
-    kernels = _kernels(prepared, recipe, fused)
+    chosen = _kernels(prepared, recipe, fused)
     if processes.size > 1:
-        processes.check_alike(_what_must_be_alike(prepared, recipe, kernels))
+        processes.check_alike(_what_must_be_alike(prepared, recipe, chosen))
     return Job(
         network=network,
         modules=prepared.modules,
@@ -737,18 +735,22 @@ def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fused
         reconstruction=reconstruction,  # type: ignore[arg-type]
         regularizer_weight=regularizer_weight(prepared.graph, recipe),
         fisher=fisher,
-        kernels=kernels,
+        kernels=chosen,
         first=processes.place(len(prepared.samples))[0],
     )
 
 
-def _what_must_be_alike(prepared: Prepared, recipe: Recipe, kernels: str) -> dict[str, str]:
+def _tensors(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """Return the float tensors that the graph reads, by name."""
+    return {str(n.target): getattr(graph, str(n.target)) for n in graph.graph.nodes if n.op == "get_attr"}
+
+
+def _what_must_be_alike(prepared: Prepared, recipe: Recipe, chosen: str) -> dict[str, str]:
     """Digests, by names for messages, of what processes must agree in from the start."""
     graph, state = prepared.graph, prepared.initial
-    weights = {str(n.target): getattr(graph, str(n.target)) for n in graph.graph.nodes if n.op == "get_attr"}
-    texts = {"recipe": repr(recipe), "structure of the network": graph.code, "kind of kernels": kernels}
+    texts = {"recipe": repr(recipe), "structure of the network": graph.code, "kind of kernels": chosen}
     return {f"the {name}": digest_of_text(text) for name, text in texts.items()} | {
-        f"tensor {name}": digest_of({name: tensor}) for name, tensor in {**weights, **state}.items()
+        f"tensor {name}": digest_of({name: tensor}) for name, tensor in {**_tensors(graph), **state}.items()
     }
 
 
@@ -798,6 +800,10 @@ def _check_memory(
     """Raise what a walk over the modules would raise for lack of memory, before anything slow is done."""
     network = Network(graph, _memory(graph, device, budget, recipe, processes))
     reserve(network.memory, [Needs.of(network, module) for module in modules], Sizes.of(recipe, together))
+
+
+def _bytes(memory: int | str | None) -> int | None:
+    return parse_bytes(memory) if isinstance(memory, str) else memory
 
 
 def _most_of(free: int | None) -> int | None:

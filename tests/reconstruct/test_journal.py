@@ -19,7 +19,7 @@ import quiesce.pipeline
 from quiesce.errors import OutputError
 from quiesce.pipeline import Prepared, prepare, run
 from quiesce.recipe import Recipe
-from quiesce.reconstruct.journal import discard, finished_units, open_journal
+from quiesce.reconstruct.journal import digest_of, discard, finished_units, open_journal
 from quiesce.reconstruct.loop import Pass
 from quiesce.result import MemoryRecord, Run
 from tiny import DURATIONS, Chain, images, recipe, same_state
@@ -327,3 +327,11 @@ def test_a_clock_that_jumps_changes_nothing(
     for made in found[0]:
         durations = [made.seconds, made.block_seconds, made.reused_seconds, *(u.seconds for u in made.unit_records)]
         assert all(0 <= duration < 600 for duration in durations)
+
+
+def test_digests_tell_values_names_shapes_and_dtypes_apart() -> None:
+    x = torch.arange(6.0)
+    kinds = [{"a": x}, {"b": x}, {"a": x.view(2, 3)}, {"a": x.double()}, {"a": x + 1}, {"a": x, "b": x}]
+    assert len({digest_of(kind) for kind in kinds}) == len(kinds)
+    assert digest_of({"a": x.view(2, 3).T}) == digest_of({"a": x.view(2, 3).T.contiguous()})
+    assert digest_of({"a": torch.tensor(1.0)}) != digest_of({"a": torch.tensor(2.0)})

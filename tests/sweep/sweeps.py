@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
+
+import pytest
 
 from quiesce.outputs import output_folder
 from quiesce.sweep.cell import Outcome, Task, attempt, deciding_versions
@@ -94,3 +97,10 @@ def keep(sweep: Sweep, folder: Path, *numbers: int, **settings: object) -> None:
         with output_folder(folder / "cells" / f"{cell.readable}-{cell.digest(deciding_versions())}", force=True) as new:
             for name, content in run_here(sweep, number, **settings).files.items():
                 (new / name).write_bytes(content)
+
+
+def change_images(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the module in ``place`` give other images from now on."""
+    source = place / "sweep_source.py"
+    source.write_text(source.read_text().replace("manual_seed(1)", "manual_seed(2)"))
+    monkeypatch.delitem(sys.modules, "sweep_source")

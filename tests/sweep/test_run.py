@@ -17,7 +17,7 @@ from quiesce.errors import ClusterError, ModelError, OutputError
 from quiesce.result import Result
 from quiesce.sweep.plan import Cluster, Sweep
 from quiesce.sweep.run import _connected, changed_inputs, finished, others, run_sweep
-from sweeps import ONE_CELL, keep
+from sweeps import ONE_CELL, change_images, keep
 from tiny import without_times
 
 Read = Callable[..., Sweep]
@@ -155,9 +155,7 @@ class TestFinished:
 def test_changed_inputs_are_told(read: Read, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = read(*ONE_CELL[1:])
     keep(sweep, place / "out", 0)
-    source = place / "sweep_source.py"
-    source.write_text(source.read_text().replace("manual_seed(1)", "manual_seed(2)"))
-    monkeypatch.delitem(sys.modules, "sweep_source")
+    change_images(place, monkeypatch)
     keep(sweep, place / "out", 1)
     found = changed_inputs(sweep, list(finished(sweep, place / "out").values()), place / "out")
     assert [text.partition(" is not the same")[0] for text in found] == [

@@ -13,7 +13,7 @@ import pytest
 
 from quiesce.cli import main
 from quiesce.sweep.plan import Sweep
-from sweeps import ONE_CELL, keep
+from sweeps import ONE_CELL, change_images, keep
 
 Read = Callable[..., Sweep]
 Command = Callable[..., tuple[int, str, str]]
@@ -72,9 +72,7 @@ class TestWithoutRay:
     ) -> None:
         sweep = read(*ONE_CELL[1:])
         keep(sweep, place / "out", 0)
-        source = place / "sweep_source.py"
-        source.write_text(source.read_text().replace("manual_seed(1)", "manual_seed(2)"))
-        monkeypatch.delitem(sys.modules, "sweep_source")
+        change_images(place, monkeypatch)
         keep(sweep, place / "out", 1)
         code, _, err = command("../sweep.toml", "--out", "../out")
         assert code == 1 and "error: the calibration of net is not the same in all cells" in err

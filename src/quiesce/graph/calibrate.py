@@ -41,7 +41,7 @@ def calibrate(
             set_weight(quantizer, getattr(gm, str(node.args[0].target)), recipe)
     quantizers = {n: q for n, q in fake_quantizers(gm).items() if isinstance(q, ActivationFakeQuantize)}
     first, images = processes.place(len(samples))
-    observers = {name: _Observer(images, first, recipe.seed) for name in quantizers}
+    observers = {name: _Observer(len(samples), images, first, recipe.seed) for name in quantizers}
     for batch in samples.batches(recipe.calibration_batch, device_of(gm)):
         with _observed(quantizers, observers, len(batch)), float_mode(gm):
             gm(*interface_of(gm).flatten(batch.args, batch.kwargs))
@@ -60,47 +60,60 @@ def set_weight(quantizer: WeightFakeQuantize, weight: Tensor, recipe: Recipe) ->
     quantizer.set_parameters(scale.view(quantizer.scale.shape), zero_point.view(quantizer.scale.shape), weight)
 
 
-def draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return ``count`` random entries of each row of ``rows`` [rows, entries, ...]; all where there are no more."""
-    if count >= rows.shape[1]:
-        return rows
-    index = torch.randint(rows.shape[1], (len(rows), count), generator=generator).to(rows.device)
-    return rows[torch.arange(len(rows), device=rows.device)[:, None], index]
+class Sampler:
+    """Random entries of images, as many of each whatever the batches: the ones that a process would draw which has all.
 
+    What is drawn from begins with image number ``first``; those in front of it are another process's.
+    """
 
-def pass_over(images: int, entries: int, count: int, generator: torch.Generator) -> None:
-    """Leave out what :func:`draw` would draw for ``images`` rows of ``entries``, which another process has."""
-    if count < entries:
-        torch.randint(entries, (images, count), generator=generator)
+    def __init__(self, per_image: int, first: int, seed: int) -> None:
+        self.per_image = per_image
+        self._generator = torch.Generator().manual_seed(seed)
+        self._passed_over = first
+
+    def draw(self, rows: Tensor) -> Tensor:
+        """Return random entries of each row of ``rows`` [rows, entries, ...]; all where there are no more."""
+        if self.per_image >= rows.shape[1]:
+            return rows
+        self._indices(rows.shape[1], self._passed_over)
+        self._passed_over = 0
+        index = self._indices(rows.shape[1], len(rows)).to(rows.device)
+        return rows[torch.arange(len(rows), device=rows.device)[:, None], index]
+
+    def _indices(self, entries: int, rows: int) -> Tensor:
+        return torch.randint(entries, (rows, self.per_image), generator=self._generator)
 
 
 class _Observer:
-    """Extremes of all values seen, and random ones, as many of each of all ``images`` whatever the batches.
+    """Extremes of all values seen, and random ones of each of ``own`` images, of ``images`` in all processes.
 
-    What is seen begins with image number ``first``.
+    They are kept in one piece of memory: a small one of each batch would lie scattered among the batches' own, whose
+    memory could then not be given back.
     """
 
-    def __init__(self, images: int, first: int, seed: int) -> None:
-        self.first = first
-        self.values_per_image = -(-SAMPLED_VALUES // images)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.extremes: list[Tensor] = []
-        self.values: list[Tensor] = []
+    def __init__(self, own: int, images: int, first: int, seed: int) -> None:
+        self.sampler = Sampler(-(-SAMPLED_VALUES // images), first, seed)
+        self.own = own
+        self.drawn = 0
 
     def add(self, x: Tensor, images: int) -> None:
         rows = x.reshape(images, -1) if x.numel() % images == 0 else x.reshape(1, -1)
-        self.extremes.append(torch.stack([rows.amin(), rows.amax()]))
-        if not self.values:
-            pass_over(self.first, rows.shape[1], self.values_per_image, self.generator)
-        self.values.append(draw(rows, self.values_per_image, self.generator).reshape(-1))
+        if self.drawn == 0:
+            self.values = x.new_empty(self.own * self.sampler.per_image)
+            self.low, self.high = rows.amin().clone(), rows.amax().clone()
+        torch.minimum(self.low, rows.amin(), out=self.low)
+        torch.maximum(self.high, rows.amax(), out=self.high)
+        drawn = self.sampler.draw(rows).reshape(-1)
+        self.values[self.drawn : self.drawn + len(drawn)] = drawn
+        self.drawn += len(drawn)
 
     def parameters(
         self, quantizer: ActivationFakeQuantize, recipe: Recipe, processes: Processes
     ) -> tuple[Tensor, Tensor]:
         settings, spec = recipe.activations, quantizer.spec
         grid = GRIDS[spec.grid]
-        low, high = minmax_range(processes.gather(torch.cat(self.extremes)).unsqueeze(0))
-        rows = processes.gather(torch.cat(self.values)).unsqueeze(0)
+        low, high = minmax_range(processes.gather(torch.stack([self.low, self.high])).unsqueeze(0))
+        rows = processes.gather(self.values[: self.drawn]).unsqueeze(0)
         if settings.range == "percentile":
             low, high = percentile_range(rows, settings.percentile)
         find = partial(grid.search, rows) if settings.range == "lp" else grid.span

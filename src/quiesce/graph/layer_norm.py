@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.data import Samples
-from quiesce.graph.calibrate import draw, pass_over
+from quiesce.graph.calibrate import Sampler
 from quiesce.graph.capture import interface_of
 from quiesce.graph.ops import WEIGHT_OPS, argument, aten, input_node, weight_node
 from quiesce.graph.rewrite import add_tensor, device_of, tidy
@@ -93,30 +93,14 @@ def _observed(
     graph.output(tuple(mapped[n] for n in norms))
     network = fx.GraphModule(gm, graph)
     first, images = processes.place(len(samples))
-    rows = {n: _Rows(-(-SAMPLED_VALUES // images), first, recipe.seed) for n in norms}
+    samplers = {n: Sampler(-(-SAMPLED_VALUES // images), first, recipe.seed) for n in norms}
+    found: dict[fx.Node, list[Tensor]] = {n: [] for n in norms}
     for batch in samples.batches(recipe.calibration_batch, device_of(gm)):
         for node, y in zip(norms, network(*interface_of(gm).flatten(batch.args, batch.kwargs)), strict=True):
-            rows[node].add(y, len(batch))
-    return {node: processes.gather(torch.cat(seen.found)).T.double() for node, seen in rows.items()}
-
-
-class _Rows:
-    """Rows over the channels, as many of each image whatever the batches; all where there are no more.
-
-    What is seen begins with image number ``first``.
-    """
-
-    def __init__(self, per_image: int, first: int, seed: int) -> None:
-        self.per_image = per_image
-        self.first = first
-        self.generator = torch.Generator().manual_seed(seed)
-        self.found: list[Tensor] = []
-
-    def add(self, y: Tensor, images: int) -> None:
-        rows = y.reshape(images if (y.numel() // y.shape[-1]) % images == 0 else 1, -1, y.shape[-1])
-        if not self.found:
-            pass_over(self.first, rows.shape[1], self.per_image, self.generator)
-        self.found.append(draw(rows, self.per_image, self.generator).flatten(0, 1))
+            whole = (y.numel() // y.shape[-1]) % len(batch) == 0
+            rows = y.reshape(len(batch) if whole else 1, -1, y.shape[-1])
+            found[node].append(samplers[node].draw(rows).flatten(0, 1))
+    return {node: processes.gather(torch.cat(seen)).T.double() for node, seen in found.items()}
 
 
 def _channel_grids(values: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from quiesce.quant import kernels
 
-_GOLDEN = -0x61C8864680B583EB
-"""2^64 / φ as a signed number: what SplitMix64 steps by."""
-
 
 class Draws:
     """Random bytes of one unit. :meth:`begin` says which step and images the following ones are for."""
@@ -27,7 +24,7 @@ class Draws:
 
     def begin(self, step: Tensor, images: Tensor) -> None:
         """Draw for ``step`` (int64, 0-dim) and ``images`` (their numbers, int64 [batch]) from now on."""
-        self._images = kernels.mix64(kernels.mix64(self._key + step * _GOLDEN) + images * _GOLDEN)
+        self._images = kernels.mix64(kernels.mix64(self._key + step * kernels.GOLDEN) + images * kernels.GOLDEN)
 
     def bytes(self, number: int, like: Tensor) -> Tensor:
         """Return a random byte for each element of ``like``, flat, in the order of its memory, for tensor ``number``.
@@ -38,7 +35,7 @@ class Draws:
         if like.ndim == 0 or like.shape[0] % len(images) or not _is_outermost(like):
             images = images.sum().view(1)
         each = like.numel() // len(images)
-        words = kernels.random_words(images + _signed(number * _GOLDEN), -(-each // 8), fused=self.fused)
+        words = kernels.random_words(images + _signed(number * kernels.GOLDEN), -(-each // 8), fused=self.fused)
         return words.view(torch.uint8)[:, :each].reshape(-1)
 
 

@@ -19,6 +19,8 @@ ZETA, GAMMA = 1.1, -0.1
 """Stretch of AdaRound's rectified sigmoid, so that h reaches 0 and 1 (arXiv 2004.10568, eq. 23)."""
 
 NO_CLIP = (-math.inf, math.inf)
+GOLDEN = -0x61C8864680B583EB
+"""2^64 / φ as a signed number: what SplitMix64 steps by."""
 
 
 @cache
@@ -79,7 +81,7 @@ def random_words(keys: Tensor, count: int, *, fused: bool) -> Tensor:
 
 
 def _random_words(keys: Tensor, index: Tensor) -> Tensor:
-    return mix64(mix64(keys)[:, None] + index * -0x61C8864680B583EB)
+    return mix64(mix64(keys)[:, None] + index * GOLDEN)
 
 
 # ---- activations -------------------------------------------------------------------------------------------------
@@ -119,54 +121,38 @@ def fused_fake_quantize(x: Tensor, scale: Tensor, numbers: Tensor, random: Tenso
 class _FusedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, numbers: Tensor, random: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, scale, numbers, *([] if random is None else [random]))
-        flat = in_memory_order(x)
-        if random is None:
-            made = _compiled(_quantized)(flat, scale, numbers)
-        else:
-            made = _compiled(_quantized_or_dropped)(flat, scale, numbers, random)
+        ctx.save_for_backward(x, scale, numbers, random)
+        made = _compiled(_quantized)(in_memory_order(x), scale, numbers, random)
         return made.as_strided(x.shape, x.stride())  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, numbers, *random = ctx.saved_tensors
+        x, scale, numbers, random = ctx.saved_tensors
         flat = in_memory_order(alike(grads[0], x)), in_memory_order(x)
-        function = _dropped_gradients if random else _quantized_gradients
-        to_x, to_scale = _compiled(function)(*flat, scale, numbers, *random)
+        to_x, to_scale = _compiled(_quantized_gradients)(*flat, scale, numbers, random)
         return to_x.as_strided(x.shape, x.stride()), to_scale, None, None
 
 
-def _quantized(x: Tensor, scale: Tensor, numbers: Tensor) -> Tensor:
-    low, high, first, last, _ = numbers.unbind()
-    return torch.round(_clip(x, first, last) / scale).clamp(low, high) * scale
+def _quantized(x: Tensor, scale: Tensor, numbers: Tensor, random: Tensor | None) -> Tensor:
+    low, high, first, last, share = numbers.unbind()
+    clipped = _clip(x, first, last)
+    made = torch.round(clipped / scale).clamp(low, high) * scale
+    return made if random is None else torch.where(random.to(x.dtype) < share, clipped, made)
 
 
-def _quantized_or_dropped(x: Tensor, scale: Tensor, numbers: Tensor, random: Tensor) -> Tensor:
-    _, _, first, last, share = numbers.unbind()
-    return torch.where(random.to(x.dtype) < share, _clip(x, first, last), _quantized(x, scale, numbers))
-
-
-def _quantized_gradients(grad: Tensor, x: Tensor, scale: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    low, high, first, last, _ = numbers.unbind()
+def _quantized_gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, numbers: Tensor, random: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    low, high, first, last, share = numbers.unbind()
     steps = _clip(x, first, last) / scale
     rounded = torch.round(steps).clamp(low, high)
     # What rounds into the range; on ties at its two ends the gradient may be either.
-    inside = (steps > low - 0.5) & (steps < high + 0.5)
-    to_x = torch.where(inside & (x > first) & (x < last), grad, 0.0)
-    return to_x, (grad * torch.where(inside, rounded - steps, rounded)).sum()
-
-
-def _dropped_gradients(
-    grad: Tensor, x: Tensor, scale: Tensor, numbers: Tensor, random: Tensor
-) -> tuple[Tensor, Tensor]:
-    low, high, first, last, share = numbers.unbind()
-    dropped = random.to(x.dtype) < share
-    steps = _clip(x, first, last) / scale
-    rounded = torch.round(steps).clamp(low, high)
-    inside = (steps > low - 0.5) & (steps < high + 0.5)
-    to_x = torch.where((dropped | inside) & (x > first) & (x < last), grad, 0.0)
-    to_scale = torch.where(dropped, 0.0, grad * torch.where(inside, rounded - steps, rounded)).sum()
-    return to_x, to_scale
+    passes = inside = (steps > low - 0.5) & (steps < high + 0.5)
+    to_scale = grad * torch.where(inside, rounded - steps, rounded)
+    if random is not None:
+        dropped = random.to(x.dtype) < share
+        passes, to_scale = dropped | inside, torch.where(dropped, 0.0, to_scale)
+    return torch.where(passes & (x > first) & (x < last), grad, 0.0), to_scale.sum()
 
 
 def _clip(x: Tensor, first: Tensor, last: Tensor) -> Tensor:

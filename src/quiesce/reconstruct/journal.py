@@ -13,7 +13,6 @@ A file gets its name when it is whole and on the disk, so an entry is there or i
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -28,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from quiesce.errors import FileFormatError, OutputError
-from quiesce.files import read_json, tensors_of
-from quiesce.outputs import write_bytes, write_text
+from quiesce.files import flat, read_json, tensors_of
+from quiesce.outputs import take_lock, write_bytes, write_text
 from quiesce.quant.fake_quantize import restore, snapshot
 from quiesce.result import UnitRecord
 
@@ -247,12 +246,8 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` → ``{"a.b": 1}``."""
-    if not isinstance(value, Mapping):
-        return {name: json.loads(json.dumps(value))}
-    parts = [_flat(inner, f"{name}.{key}" if name else key) for key, inner in value.items()]
-    return {key: inner for part in parts for key, inner in part.items()}
+def _flat(run: Run) -> dict[str, Any]:
+    return {key: json.loads(json.dumps(value)) for key, value in flat(run).items()}
 
 
 def _difference(key: str, old: Any, new: Any) -> str:
@@ -264,21 +259,13 @@ def _difference(key: str, old: Any, new: Any) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process alone; the system frees it however the process ends."""
+    """Hold ``folder`` for this process alone."""
+    busy = f"another process works with the progress in {folder}; wait for it, or write to another folder."
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("ab")
+        lock = take_lock(folder / _LOCK, busy)
     except OSError as error:
         raise _unusable(folder, error) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"another process works with the progress in {folder}; wait for it, or write to another folder."
-            ) from error
-        except OSError as error:
-            raise _unusable(folder, error) from error
         yield
 
 

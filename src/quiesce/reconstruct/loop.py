@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from torch import Tensor, fx
 
 from quiesce.errors import MemoryLimitError, ModelError
-from quiesce.graph.unit import Unit, boundary, extract
+from quiesce.graph.unit import Unit, boundary
 from quiesce.memory import halved, is_out_of_memory
 from quiesce.oscillation.granularity import Groups
 from quiesce.oscillation.measure import ModuleLoss, module_loss
@@ -163,7 +163,7 @@ class _Walk:
         A unit that was finished before the run was interrupted is taken over from the journal.
         """
         progress.enter(unit.name)
-        module = extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop)
+        module = self.job.network.module(unit.start, unit.stop)
         extent = {"unit": unit.name, "start": unit.start, "stop": unit.stop, "steps": steps, "warm": warm}
         journal = self.job.journal if steps else None
         record = self._finished(journal, module, extent)
@@ -258,7 +258,7 @@ class _Walk:
             for name, q in zip(ends.inputs, quantized, strict=True)
         ]
         return Problem(
-            module=_returning(extract(network.gm, network.nodes, unit.start, unit.stop), outputs),
+            module=_returning(network.module(unit.start, unit.stop), outputs),
             images=job.images,
             quantized_inputs=quantized,
             float_inputs=float_inputs,
@@ -327,7 +327,7 @@ class _GroupWalk(_Walk):
         granularity = self.job.recipe.granularity
         warm = len(group) > 1 and self.previous is not None and granularity is not None and granularity.warm_start
         start = self.previous.state if warm and self.previous is not None else self.job.initial
-        restore(extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop), start)
+        restore(self.job.network.module(unit.start, unit.stop), start)
         self._keep(group, self.optimize(unit, self._names(group), self._steps(group), warm, self.progress))
         self.changed = True
 
@@ -336,7 +336,7 @@ class _GroupWalk(_Walk):
         assert self.previous is not None and self.guard is not None
         before, unit = self.streams, self.unit(group)
         held = len(self.losses)
-        restore(extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop), self.previous.state)
+        restore(self.job.network.module(unit.start, unit.stop), self.previous.state)
         unmerged = self.guard.error_behind(before, unit.stop)
         changed = self.changed
         self._reconstruct(group)
@@ -346,7 +346,7 @@ class _GroupWalk(_Walk):
             self.streams, self.losses, self.changed = before, self.losses[:held], changed
             self.done.pop()
             self.records.pop()
-            restore(extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop), self.previous.state)
+            restore(self.job.network.module(unit.start, unit.stop), self.previous.state)
             for part in self.previous.groups:
                 if part[0] in group:
                     self.progress.plan(self._steps(part) if self.changed else 0)

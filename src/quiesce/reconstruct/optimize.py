@@ -78,7 +78,7 @@ def optimize(
     try:
         with Batches(problem) as batches:
             step = Step(problem, recipe, learned, drop, regularizer_weight, steps, batches, micro_batch)
-            return _run(step, seed, steps, on_step)
+            return _run(step, seed, on_step)
     finally:
         learned.harden()
 
@@ -236,9 +236,9 @@ class Step:
             torch.maximum(scale, floor, out=scale)
 
 
-def _run(step: Step, seed: int, steps: int, on_step: Callable[[], None]) -> Course:
+def _run(step: Step, seed: int, on_step: Callable[[], None]) -> Course:
     """Take all steps; when the loss is no longer finite, go back to where it was, and on at smaller rates."""
-    problem, recipe = step.problem, step.recipe
+    problem, recipe, steps = step.problem, step.recipe, step.steps
     order = _batch_order(problem, steps, recipe.batch_size, seed)
     losses = torch.zeros(steps, device=problem.device)
     good, state, returns, number = 0, step.state(), 0, 0

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from quiesce.graph.unit import Unit, boundary
 from quiesce.memory import Memory
-from quiesce.quant.fake_quantize import WeightFakeQuantize
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.streams import OVERHEAD, Network
 
@@ -33,8 +32,7 @@ class Needs:
     def of(cls, network: Network, unit: Unit) -> Needs:
         inside = network.nodes[unit.start : unit.stop]
         ends = boundary(network.nodes, unit.start, unit.stop)
-        read = [n for node in inside for n in node.all_input_nodes if n.op == "call_module"]
-        quantizers = {q for n in read if isinstance(q := getattr(network.gm, str(n.target)), WeightFakeQuantize)}
+        quantizers = network.weight_quantizers(unit.start, unit.stop)
         weights = sum(q.quantized.numel() * q.scale.dtype.itemsize for q in quantizers)
         fed = 2 * network.row_bytes(ends.inputs) + network.row_bytes(ends.outputs)  # the next step's batch
         step = STEP * network.row_bytes(n.name for n in inside) + fed

@@ -108,15 +108,22 @@ class Network:
 
         A stretch whose weights are left float, and whose inputs nothing quantizes, has neither.
         """
-        inside = self.nodes[start:stop]
-        read = [n for node in inside for n in node.all_input_nodes if n.op == "call_module"]
-        weights = any(isinstance(getattr(self.gm, str(n.target)), WeightFakeQuantize) for n in read)
-        return weights or (step_sizes and any(n.op == "call_module" for n in inside))
+        own = any(n.op == "call_module" for n in self.nodes[start:stop])
+        return bool(self.weight_quantizers(start, stop)) or (step_sizes and own)
+
+    def weight_quantizers(self, start: int, stop: int) -> set[WeightFakeQuantize]:
+        """Return those of the weights that the stretch ``[start, stop)`` reads."""
+        read = [n for node in self.nodes[start:stop] for n in node.all_input_nodes if n.op == "call_module"]
+        return {q for n in read if isinstance(q := getattr(self.gm, str(n.target)), WeightFakeQuantize)}
+
+    def module(self, start: int, stop: int) -> fx.GraphModule:
+        """Return the stretch ``[start, stop)`` as a module (:func:`~quiesce.graph.unit.extract`)."""
+        return extract(self.gm, self.nodes, start, stop)
 
     @torch.no_grad()
     def run(self, start: int, stop: int, tensors: Tensors, batch: int, *, quantized: bool) -> Tensors:
         """Run the stretch ``[start, stop)`` on ``tensors`` in batches; return what is alive behind it."""
-        module = extract(self.gm, self.nodes, start, stop)
+        module = self.module(start, stop)
         ends = boundary(self.nodes, start, stop)
         images = len(next(iter(tensors.values())))
         made: dict[str, Rows] = {}

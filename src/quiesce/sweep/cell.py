@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +18,7 @@ from quiesce.models import LoadedModel, load_model
 from quiesce.pipeline import quantize
 from quiesce.preprocess import override
 from quiesce.progress import ProgressCallback
+from quiesce.reconstruct.journal import digest_of
 from quiesce.result import versions
 from quiesce.sweep.plan import Cell
 
@@ -115,21 +113,10 @@ def _files(task: Task, progress: ProgressCallback | None) -> dict[str, bytes]:
 def _fingerprints(loaded: LoadedModel, samples: Samples, test: Samples | None) -> dict[str, str]:
     """Return checksums of what the cell was given, by which a sweep sees that a file or the user's code has changed."""
     found = {
-        "model": fingerprint(loaded.model.state_dict()),
-        "calibration": fingerprint(samples.inputs),
+        "model": digest_of({k: v for k, v in loaded.model.state_dict().items() if isinstance(v, Tensor)}),
+        "calibration": digest_of(samples.inputs),
     }
     if test is not None:
         labels = {} if test.labels is None else {"labels": test.labels}
-        found["evaluate"] = fingerprint(test.inputs | labels)
+        found["evaluate"] = digest_of(test.inputs | labels)
     return found
-
-
-def fingerprint(tensors: Mapping[str, Any]) -> str:
-    """Return a checksum of named tensors: of their names, dtypes, shapes and bytes."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            data = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {data.dtype} {list(data.shape)};".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return digest.hexdigest()

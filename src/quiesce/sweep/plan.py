@@ -14,12 +14,13 @@ from typing import Any
 
 from quiesce.dotted import DOTTED
 from quiesce.errors import DataError, ModelError, RecipeError, nearest_name
+from quiesce.files import flat
+from quiesce.models import RANDOM
 from quiesce.preprocess import OPTIONS
 from quiesce.recipe import Recipe, build, check_kinds, locate
 
 SECTIONS = ("data", "network", "grid", "recipe", "ray")
 DATA_KEYS = ("calibration", "evaluate", "images", "evaluate_images")
-RANDOM = "random"
 _OWN_NAMES = ("preset", "bits")
 """Names in grids besides those of recipe settings."""
 _COLUMNS = frozenset(
@@ -211,8 +212,8 @@ def _cells(data: Mapping[str, Any]) -> tuple[Cell, ...]:
     for key in data:
         _check(key in SECTIONS, f"section [{key}] is unknown.{nearest_name(key, SECTIONS)}")
     networks = _networks(_table(data.get("data", {}), "[data]"), _tables(data.get("network", []), "[[network]]"))
-    common = _flat(_table(data.get("recipe", {}), "[recipe]"))
-    grids = [_lists(_flat(grid)) for grid in _tables(data.get("grid", {}), "[grid]")]
+    common = flat(_table(data.get("recipe", {}), "[recipe]"))
+    grids = [_lists(flat(grid)) for grid in _tables(data.get("grid", {}), "[grid]")]
     _check_names(common, "[recipe]")
     for grid in grids:
         both = sorted(common.keys() & grid.keys())
@@ -253,14 +254,6 @@ def _table(value: Any, where: str) -> dict[str, Any]:
 
 def _tables(value: Any, where: str) -> list[dict[str, Any]]:
     return [_table(table, where) for table in (value if isinstance(value, list) else [value])]
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Write nested tables as ``section.key``."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _lists(grid: dict[str, Any]) -> dict[str, list[Any]]:

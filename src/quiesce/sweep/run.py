@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 from quiesce.errors import ClusterError, FileFormatError, OutputError
 from quiesce.export.export import require
 from quiesce.files import read_json
-from quiesce.outputs import output_folder
+from quiesce.outputs import output_folder, take_lock
 from quiesce.progress import ProgressCallback
 from quiesce.result import Result
 from quiesce.sweep.cell import CELL_FILE, NETWORK_FILE, RESULT_FILE, Outcome, Task, attempt, deciding_versions
@@ -179,16 +178,12 @@ def _locked(folder: Path) -> Iterator[None]:
     place = folder / CELLS
     try:
         place.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
+        lock = take_lock(
+            folder / LOCK_FILE, f"another sweep is writing to {folder}; wait for it, or choose another folder."
+        )
     except OSError as error:
         raise OutputError(f"{folder} can't be written ({error.strerror}); choose another place.") from error
-    with lock:  # the system takes the lock back when the process ends, however it does
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(
-                f"another sweep is writing to {folder}; wait for it, or choose another folder."
-            ) from error
+    with lock:
         for path in place.glob(".*.partial-*"):
             shutil.rmtree(path, ignore_errors=True)
         yield
