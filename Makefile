@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: demo test test-long test-all-networks lint format clean
+.PHONY: demo test test-long test-all-networks bench bench-quick lint format clean
 
 demo: $(STAMP)
 	$(BIN)/quiesce demo --out runs/demo --force
@@ -17,6 +17,15 @@ test-long: $(TEST_STAMP)
 
 test-all-networks: $(TEST_STAMP)
 	$(BIN)/python tests/networks/run.py
+
+bench-quick: $(TEST_STAMP)
+	$(BIN)/python benchmarks/bench.py run quick
+	$(BIN)/python benchmarks/bench.py page
+
+bench: $(TEST_STAMP)
+	cd benchmarks && ../$(BIN)/python -m emoji1000.art
+	$(BIN)/python benchmarks/bench.py run
+	$(BIN)/python benchmarks/bench.py page
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

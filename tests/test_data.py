@@ -329,6 +329,9 @@ class TestCallable:
             "def broken():\n    raise KeyError('lost')\n"
             "def breaks_later():\n    yield torch.ones(2, 3)\n    1 / 0\n"
             "def nothing():\n    return []\n"
+            "def drawn(limit, *, seed):\n    return torch.full((limit + 1, 1), float(seed))\n"
+            "def seeded(seed, size=4):\n    return torch.full((size, 1), 1 / seed)\n"
+            "def rest(**rest):\n    return torch.zeros(1, 1 + len(rest))\n"
         )
         (tmp_path / "own_late.py").write_text("")
         monkeypatch.chdir(tmp_path)
@@ -339,9 +342,16 @@ class TestCallable:
         assert len(load_data("own_data:good", None)) == 6
         assert len(load_data("own_data:good", None, limit=3)) == 3
 
+    def test_it_is_given_limit_and_seed_where_it_has_parameters_for_them(self) -> None:
+        drawn = load_data("own_data:drawn", None, limit=5, seed=7)
+        assert drawn.args[0].tolist() == [[7.0]] * 5
+        assert load_data("own_data:seeded", None, limit=3, seed=2).args[0].tolist() == [[0.5]] * 3
+        assert load_data("own_data:rest", None, seed=2).args[0].shape == (1, 1)
+
     @pytest.mark.parametrize(
         ("spec", "message"),
         [
+            ("own_data:seeded", "calling 'own_data:seeded' with seed=0 raised ZeroDivisionError"),
             ("own_data:broken", "calling 'own_data:broken' without arguments raised KeyError"),
             ("own_data:breaks_later", "iterating over the evaluation data raised ZeroDivisionError"),
             ("own_data:nothing", "evaluation data is empty"),

@@ -47,7 +47,7 @@ class TestPresets:
     def test_fast_ones_differ_in_steps_and_rates_only(self, name: str) -> None:
         slow, fast = Recipe.preset(name).reconstruction, Recipe.preset(f"{name}-fast").reconstruction
         assert slow is not None and fast is not None and fast.steps < slow.steps
-        rates = ("steps", "rounding_lr", "step_size_lr")
+        rates = ("steps", "rounding_lr", "step_size_lr", "weight_step_size_lr")
         assert dataclasses.replace(fast, **{r: getattr(slow, r) for r in rates}) == slow
 
     @pytest.mark.parametrize("name", PRESETS)
@@ -279,6 +279,8 @@ class TestPowersOfTwo:
     def test_a_learned_step_size_is_none(self) -> None:
         with pytest.raises(RecipeError, match=r"power_of_two is true.*set reconstruction.learn_step_sizes = false"):
             Recipe.preset("qdrop", activation_power_of_two=True)
+        with pytest.raises(RecipeError, match=r"weights.power_of_two is true, and rounding 'joint' learns"):
+            Recipe.preset("adaround", weight_power_of_two=True, rounding="joint")
 
     @pytest.mark.parametrize(
         ("preset", "settings"),

@@ -152,7 +152,8 @@ def load_data(
       classes, numbered in sorted order as torchvision's ``ImageFolder`` does; otherwise there are no labels.
     - A ``.npz`` file with ``x`` or ``images`` and, if there are labels, ``y`` or ``labels``. Arrays of uint8 are
       images, [N, H, W, C] or grey [N, H, W], which are scaled and normalized but not resized; others are taken as is.
-    - ``module.path:callable``, called without arguments, returns anything that :func:`gather` takes. This runs code.
+    - ``module.path:callable`` returns anything that :func:`gather` takes, in its own order. It is given ``limit`` and
+      ``seed`` if it has parameters of these names. This runs code.
 
     Images and arrays come in an order drawn from ``seed`` that takes one of each class in turn, so that any first part
     of them (``limit``, a held-out share) is spread evenly over the classes.
@@ -168,7 +169,7 @@ def load_data(
     if path.suffix == ".npz":
         return gather(_read_npz(path, preprocessing, limit, seed), what)
     if DOTTED.fullmatch(spec):
-        return _from_callable(spec, what, limit, in_file)
+        return _from_callable(spec, what, limit, seed, in_file)
     raise DataError(f"{what} data {spec!r} is not there; give an image folder, a .npz file, or module.path:callable.")
 
 
@@ -288,10 +289,10 @@ def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _from_callable(spec: str, what: str, limit: int | None, in_file: bool) -> Samples:
+def _from_callable(spec: str, what: str, limit: int | None, seed: int, in_file: bool) -> Samples:
     # Iterating is still the user's code, and may import more of it.
     with working_folder_importable():
-        return gather(call_dotted(spec, DataError), what, limit, in_file=in_file)
+        return gather(call_dotted(spec, DataError, limit=limit, seed=seed), what, limit, in_file=in_file)
 
 
 def _read_folder(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from quiesce.errors import QuiesceError, nearest_name
 
@@ -26,8 +28,10 @@ def working_folder_importable() -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def call_dotted(spec: str, error_class: type[QuiesceError]) -> object:
-    """Import ``module.path:callable`` (the working folder counts) and return what calling it without arguments gives.
+def call_dotted(spec: str, error_class: type[QuiesceError], **offered: Any) -> object:
+    """Import ``module.path:callable`` (the working folder counts) and return what calling it gives.
+
+    Of the ``offered`` arguments it gets those that it has parameters for, by name; others it must do without.
 
     Raises:
         QuiesceError: of class ``error_class``: no such module or name, or the code raised.
@@ -42,10 +46,23 @@ def call_dotted(spec: str, error_class: type[QuiesceError]) -> object:
         if not hasattr(module, name):
             public = [n for n in vars(module) if not n.startswith("_")]
             raise error_class(f"module {module_name!r} has no {name!r}.{nearest_name(name, public)}")
+        called = getattr(module, name)
+        given = {key: value for key, value in offered.items() if key in _parameters(called)}
         try:
-            return getattr(module, name)()
+            return called(**given)
         except Exception as error:
-            raise error_class(f"calling {spec!r} without arguments raised {_short(error)}.") from error
+            shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+            shown = f"with {shown}" if given else "without arguments"
+            raise error_class(f"calling {spec!r} {shown} raised {_short(error)}.") from error
+
+
+def _parameters(called: Any) -> frozenset[str]:
+    """Return the names of the parameters that can be given by keyword; of what does not tell them, none."""
+    try:
+        parameters = inspect.signature(called).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
 def _short(error: Exception) -> str:

@@ -30,7 +30,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 }
 """Backends by name, and the settings that each demands."""
 STREAM_DTYPES = ("same", "bf16")
-ROUNDING_NAMES = ("adaround",)
+ROUNDING_NAMES = ("adaround", "joint")
 SOFTMAX_GRIDS = ("uniform", "log2", "log-sqrt2")
 GELU_GRIDS = ("uniform", "twin")
 LAYER_NORMS = ("per-tensor", "reparameterized")
@@ -224,6 +224,9 @@ class ReconstructionRecipe:
     rounding_lr: float = 1e-3
     step_size_lr: float = 4e-5
     """Learning rate of activation step sizes, cosine decay to 0; not used when they are not learned."""
+    weight_step_size_lr: float = 1e-4
+    """Learning rate of weight step sizes, cosine decay to 0; not used when the rounding does not learn them. A rate of
+    r moves a step size by about a third of r, relative to it, in a step."""
     learn_step_sizes: bool = True
     regularizer_weight: float | None = None
     """λ of Σ(1 − |2h − 1|^β). None: 0.01, or 0.1 for networks with depthwise convolutions, whose few weights per
@@ -243,7 +246,7 @@ class ReconstructionRecipe:
         check_kinds(self, where)
         _check(self.steps >= 1, f"{where}steps is {self.steps}; give 1 or more.")
         _check(self.batch_size >= 1, f"{where}batch_size is {self.batch_size}; give 1 or more.")
-        for name in ("rounding_lr", "step_size_lr", "beta_end"):
+        for name in ("rounding_lr", "step_size_lr", "weight_step_size_lr", "beta_end"):
             _check(getattr(self, name) > 0, f"{where}{name} is {getattr(self, name)}; give a number above 0.")
         _check(self.beta_start >= self.beta_end, f"{where}beta_start is below beta_end; β falls during the run.")
         _check(0 <= self.warmup < 1, f"{where}warmup is {self.warmup}; give a share in [0, 1).")
@@ -282,6 +285,12 @@ class Recipe:
             not (learned and self.activations.power_of_two and self.activations.bits is not None),
             "activations.power_of_two is true, and a step size that is learned is no power of two; "
             "set reconstruction.learn_step_sizes = false.",
+        )
+        joint = self.reconstruction is not None and self.reconstruction.rounding == "joint"
+        _check(
+            not (joint and self.weights.power_of_two),
+            "weights.power_of_two is true, and rounding 'joint' learns step sizes, which are then no powers of two; "
+            "set reconstruction.rounding = 'adaround'.",
         )
         self._check_backend()
 
@@ -508,7 +517,7 @@ def _toml_value(value: Any) -> str:
 def _fast(recipe: Recipe) -> Recipe:
     """A fortieth of the steps at forty times the rates, so that each variable can still travel as far as it needs."""
     assert recipe.reconstruction is not None
-    part = replace(recipe.reconstruction, steps=500, rounding_lr=4e-2, step_size_lr=1.6e-3)
+    part = replace(recipe.reconstruction, steps=500, rounding_lr=4e-2, step_size_lr=1.6e-3, weight_step_size_lr=4e-3)
     return replace(recipe, reconstruction=part)
 
 

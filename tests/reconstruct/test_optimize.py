@@ -157,6 +157,28 @@ def test_step_sizes_are_learned_only_when_asked(chain: Prepared) -> None:
         assert torch.equal(quantizer.scale, scales[name]) is not learned
 
 
+def test_step_sizes_of_weights_are_learned_by_the_joint_rounding(chain: Prepared) -> None:
+    problem = problem_of(chain, 2)
+    scales = {n: q.scale.clone() for n, q in fake_quantizers(problem.module).items()}
+    learn(problem, settings_of("brecq", rounding="joint", weight_step_size_lr=2e-2, learn_step_sizes=False))
+    for name, quantizer in fake_quantizers(problem.module).items():
+        change = (quantizer.scale / scales[name]).log2().abs()
+        if isinstance(quantizer, ActivationFakeQuantize):
+            assert change == 0
+        else:
+            assert (change > 0).any() and (change <= 0.5).all()
+
+
+def test_the_joint_rounding_without_a_rate_is_adaround(chain: Prepared) -> None:
+    curves = {}
+    for rounding in ("adaround", "joint"):
+        restore(chain.graph, chain.initial)
+        settings = settings_of("qdrop", rounding=rounding, weight_step_size_lr=1e-30)
+        curves[rounding] = learn(doubled(problem_of(chain, 2)), settings, steps=6)
+    for (_, plain), (_, joint) in zip(*curves.values(), strict=True):
+        assert joint == pytest.approx(plain, rel=1e-9)
+
+
 def test_the_seed_decides(chain: Prepared) -> None:
     states = []
     for seed in (0, 0, 1):
@@ -241,13 +263,14 @@ def test_a_warm_start_keeps_the_rounding_it_starts_from(chain: Prepared) -> None
     assert any(not torch.equal(snapshot(problem.module)[n], learned[n]) for n in weights)
 
 
-def test_compiled_kernels_learn_what_operators_do(chain: Prepared) -> None:
+@pytest.mark.parametrize("rounding", sorted(ROUNDINGS))
+def test_compiled_kernels_learn_what_operators_do(chain: Prepared, rounding: str) -> None:
     """In float64 the losses of a few steps agree; what is rounded differently by then has not spread."""
     curves = {}
     for fused in (False, True):
         restore(chain.graph, chain.initial)
         problem = doubled(problem_of(chain, 2))
-        curves[fused] = learn(problem, settings_of("qdrop", warmup=0.0), steps=6, fused=fused)
+        curves[fused] = learn(problem, settings_of("qdrop", warmup=0.0, rounding=rounding), steps=6, fused=fused)
     for (_, plain), (_, fused_loss) in zip(curves[False], curves[True], strict=True):
         assert fused_loss == pytest.approx(plain, rel=1e-9)
 

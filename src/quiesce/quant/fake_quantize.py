@@ -77,10 +77,11 @@ class WeightFakeQuantize(nn.Module):
         return self.rounding
 
     def harden(self) -> None:
-        """Turn the learned rounding into integers and drop it."""
+        """Turn the learned rounding into integers, take over its scale, and drop it."""
         if self.rounding is not None:
             self.release()
             self.quantized.copy_(self.rounding.harden())
+            self.scale.copy_(self.rounding.learned_scale(self.scale))
             self.rounding = None
 
     def quantized_weight(self) -> Tensor:

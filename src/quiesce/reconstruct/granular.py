@@ -137,7 +137,11 @@ def measuring_job(job: Job, share: float) -> Job:
     steps = min(recipe.steps, max(FEWEST_STEPS, round(share * recipe.steps)))
     faster = max(1.0, min(recipe.steps / steps, FASTEST_ROUNDING / recipe.rounding_lr))
     short = replace(
-        recipe, steps=steps, rounding_lr=recipe.rounding_lr * faster, step_size_lr=recipe.step_size_lr * faster
+        recipe,
+        steps=steps,
+        rounding_lr=recipe.rounding_lr * faster,
+        step_size_lr=recipe.step_size_lr * faster,
+        weight_step_size_lr=recipe.weight_step_size_lr * faster,
     )
     return replace(job, reconstruction=short)
 

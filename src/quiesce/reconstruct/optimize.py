@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from quiesce.errors import ModelError
 from quiesce.quant.draws import Draws
@@ -120,7 +120,10 @@ class Learned:
         return [q.rounding for q in self.weights if q.rounding is not None]
 
     def variables(self) -> list[Tensor]:
-        return [*(r.V for r in self.roundings()), *self.step_sizes]
+        return [*(r.V for r in self.roundings()), *self.step_sizes, *self.weight_step_sizes()]
+
+    def weight_step_sizes(self) -> list[nn.Parameter]:
+        return [r.step_sizes for r in self.roundings() if r.step_sizes is not None]
 
     def harden(self) -> None:
         for quantizer in self.weights:
@@ -150,6 +153,7 @@ class Step:
         self.roundings = learned.roundings()
         self.rounding_optimizers = _adam([r.V for r in self.roundings], recipe.rounding_lr)
         self.step_size_optimizers = _adam(learned.step_sizes, recipe.step_size_lr)
+        self.weight_step_size_optimizers = _adam(learned.weight_step_sizes(), recipe.weight_step_size_lr)
         self.floors = [scale.detach() * 1e-3 for scale in learned.step_sizes]
         self.slowness = 1.0
         """Factor on the learning rates."""
@@ -219,7 +223,7 @@ class Step:
 
     @property
     def _optimizers(self) -> list[torch.optim.Adam]:
-        return self.rounding_optimizers + self.step_size_optimizers
+        return self.rounding_optimizers + self.step_size_optimizers + self.weight_step_size_optimizers
 
     def _set_rates(self, step: int) -> None:
         """Rounding learns at a constant rate, step sizes at one with a cosine decay to 0."""
@@ -228,6 +232,8 @@ class Step:
             optimizer.param_groups[0]["lr"] = self.slowness * self.recipe.rounding_lr
         for optimizer in self.step_size_optimizers:
             optimizer.param_groups[0]["lr"] = self.slowness * self.recipe.step_size_lr * decay
+        for optimizer in self.weight_step_size_optimizers:
+            optimizer.param_groups[0]["lr"] = self.slowness * self.recipe.weight_step_size_lr * decay
 
     @torch.no_grad()
     def _keep_positive(self) -> None:
@@ -271,9 +277,9 @@ def _finite(tensors: list[Tensor]) -> bool:
     return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 
-def _adam(variables: list[Tensor], rate: float) -> list[torch.optim.Adam]:
+def _adam(variables: Sequence[Tensor], rate: float) -> list[torch.optim.Adam]:
     """An optimizer, or none where there is nothing to learn: a unit may have float weights, or step sizes only."""
-    return [torch.optim.Adam(variables, lr=rate, fused=True)] if variables else []
+    return [torch.optim.Adam(list(variables), lr=rate, fused=True)] if variables else []
 
 
 def _batch_order(problem: Problem, steps: int, batch_size: int, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from quiesce.quant.ranges import scale_and_zero_point
 from quiesce.quant.rounding import ROUNDINGS
 from quiesce.quant.rounding.adaround import AdaRound
+from quiesce.quant.rounding.joint import JointRounding
 from quiesce.quant.rounding.nearest import nearest
 from quiesce.quant.spec import QuantizationSpec
 from quiesce.recipe import ROUNDING_NAMES
@@ -87,7 +88,9 @@ class TestContract:
         scale, zero_point = grid(weight, spec)
         floor = floors(weight, spec, scale, zero_point)
         start = (floor + torch.randint(2, weight.shape)).clamp(spec.quant_min, spec.quant_max).to(spec.dtype)
-        assert torch.equal(ROUNDINGS[name](weight, spec, scale, zero_point, start).harden(), start)
+        rounding = ROUNDINGS[name](weight, spec, scale, zero_point, start)
+        assert torch.equal(rounding.harden(), start)
+        assert torch.equal(rounding.learned_scale(scale), scale)
 
 
 class TestAdaRound:
@@ -151,6 +154,63 @@ class TestAdaRound:
         expected = spec.broadcast(grid(weight, spec, clip=1.0)[0], 2) * 1.2 * sigmoid * (1 - sigmoid)
         inside = weight < weight.amax(1, keepdim=True) * 0.98
         torch.testing.assert_close(rounding.V.grad[inside], expected[inside])
+
+
+class TestJoint:
+    def rounding(self, spec: QuantizationSpec, start: Tensor | None = None) -> JointRounding:
+        torch.manual_seed(0)
+        weight = torch.randn(4, 9)
+        return JointRounding(weight, spec, *grid(weight, spec), start)
+
+    @pytest.mark.parametrize("spec", SPECS, ids=str)
+    def test_what_it_hardens_to_is_on_the_learned_grid(self, spec: QuantizationSpec) -> None:
+        rounding = self.rounding(spec)
+        scale, zero_point = grid(torch.manual_seed(0) and torch.randn(4, 9), spec)
+        with torch.no_grad():
+            rounding.V.copy_(torch.where(torch.rand_like(rounding.V) < 0.5, 9.0, -9.0))
+            rounding.step_sizes.copy_(torch.randn_like(rounding.step_sizes))
+        learned = rounding.learned_scale(scale)
+        assert learned.shape == scale.shape and (learned != scale).all()
+        torch.testing.assert_close(rounding(), on_grid(rounding.harden(), spec, learned, zero_point))
+
+    def test_step_sizes_stay_within_a_factor(self) -> None:
+        rounding, spec = self.rounding(SPECS[0]), SPECS[0]
+        scale, _ = grid(torch.manual_seed(0) and torch.randn(4, 9), spec)
+        for u, factor in ((-1e3, 0.5**0.5), (1e3, 2**0.5)):
+            with torch.no_grad():
+                rounding.step_sizes.fill_(u)
+            torch.testing.assert_close(rounding.learned_scale(scale), scale * factor)
+
+    @pytest.mark.parametrize("spec", SPECS, ids=str)
+    def test_the_gradient_is_that_of_finite_differences(self, spec: QuantizationSpec) -> None:
+        rounding, target = self.rounding(spec).double(), torch.randn(4, 9).double()
+
+        def loss(step_sizes: Tensor) -> Tensor:
+            with torch.no_grad():
+                rounding.step_sizes.copy_(step_sizes)
+            return (rounding() - target).square().sum()
+
+        loss(torch.full_like(rounding.step_sizes, 0.3)).backward()
+        found = rounding.step_sizes.grad.flatten()
+        for i in range(found.numel()):
+            around = [torch.full_like(rounding.step_sizes.detach(), 0.3) for _ in range(2)]
+            for moved, change in zip(around, (1e-6, -1e-6), strict=True):
+                moved.view(-1)[i] += change
+            expected = (loss(around[0]) - loss(around[1])).item() / 2e-6
+            assert found[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+    @given(weights, st.sampled_from(SPECS), st.integers(0, 2**32))
+    def test_integers_found_on_another_scale_survive_a_warm_start(
+        self, x: Any, spec: QuantizationSpec, seed: int
+    ) -> None:
+        weight = torch.from_numpy(x)
+        scale, zero_point = grid(weight, spec)
+        up = torch.randint(2, weight.shape, generator=torch.Generator().manual_seed(seed))
+        start = (floors(weight, spec, scale, zero_point) + up).clamp(spec.quant_min, spec.quant_max).to(spec.dtype)
+        rounding = JointRounding(weight, spec, scale * 1.3, zero_point, start)
+        assert torch.equal(rounding.harden(), start)
+        (rounding().square().sum()).backward()
+        assert torch.isfinite(rounding.V.grad).all() and torch.isfinite(rounding.step_sizes.grad).all()
 
 
 class TestNearest:

@@ -40,8 +40,8 @@ class AdaRound(Rounding):
         self.register_buffer("ends", scale.new_tensor([spec.quant_min, spec.quant_max]))
         weight = _laid_out(weight)
         steps = weight / self.scale
-        self.register_buffer("base", steps.floor() + self.zero_point)
-        share = steps - steps.floor()
+        self.register_buffer("base", self._base(steps, start))
+        share = (steps - (self.base - self.zero_point)).clamp(0.0, 1.0)
         if start is not None:
             up = (start.to(share.dtype) - self.base).clamp(0.0, 1.0)
             share = share + 0.51 * (up - share)
@@ -50,6 +50,10 @@ class AdaRound(Rounding):
 
     def forward(self) -> Tensor:
         return soft_weight(self.V, self.base, self.zero_point, self.scale, self.ends, fused=self.fused)
+
+    def _base(self, steps: Tensor, start: Tensor | None) -> Tensor:
+        """Return the integers that weights of ``steps`` step sizes are rounded up from."""
+        return steps.floor() + self.zero_point
 
     def regularizer(self, beta: Tensor) -> Tensor:
         """Return Σ (1 − |2h − 1|^β), 0 when every h is 0 or 1 (AdaRound, eq. 24)."""

@@ -13,6 +13,8 @@ class Rounding(nn.Module, ABC):
     """The rounding of one weight while it is learned: ``V`` is what the optimizer moves."""
 
     V: nn.Parameter
+    step_sizes: nn.Parameter | None
+    """What the optimizer moves, at a rate of its own, where the weight's scale is learned, too."""
 
     @abstractmethod
     def __init__(
@@ -30,6 +32,7 @@ class Rounding(nn.Module, ABC):
         ``fused`` asks for compiled kernels, where the rounding has them.
         """
         super().__init__()
+        self.register_parameter("step_sizes", None)
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -42,6 +45,10 @@ class Rounding(nn.Module, ABC):
     def add_penalty(self, beta: Tensor, weight: Tensor) -> None:
         """Add the gradient of ``weight`` (0-dim) times :meth:`regularizer` to that of ``V``."""
         (weight * self.regularizer(beta)).backward()  # type: ignore[no-untyped-call]
+
+    def learned_scale(self, scale: Tensor) -> Tensor:
+        """Return the scale decided for; ``scale`` is the one that the rounding was made with, and has its shape."""
+        return scale
 
     @abstractmethod
     def harden(self) -> Tensor:

@@ -1,0 +1,234 @@
+"""Run the tables of the evidence, cell by cell, and write the page of results.
+
+    python benchmarks/bench.py run quick                 # one small network, minutes on two cores
+    python benchmarks/bench.py run convergence           # or without names: all tables
+    python benchmarks/bench.py page                      # docs/results.md and its figures, from the results
+    python benchmarks/bench.py repeat quick KEY          # one cell again, compared with what is recorded
+    python benchmarks/bench.py status
+
+A table is a sweep file beside this script (``docs/sweep.md``), and its results are rows of
+``results/NAME.json``, one a cell. A row that is there is never computed again, on whatever machine it was computed; so
+a run that was killed goes on where it was. ``run --only PATTERN`` takes some cells of a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from bench_page import check_page, write_page
+from quiesce.files import flat
+from quiesce.outputs import write_text
+from quiesce.recipe import Recipe
+from quiesce.result import Result
+from quiesce.sweep.cell import CELL_FILE, RESULT_FILE, deciding_versions
+from quiesce.sweep.plan import Cell, Sweep, read_sweep
+from quiesce.sweep.run import run_sweep
+
+HERE = Path(__file__).parent
+TABLES = ("quick", "convergence", "emoji_mobilenetv2_050", "emoji_resnet18")
+RUNS = HERE.parents[0] / "runs" / "bench"
+MEASURED = (
+    *("top1", "agreement", "sqnr_db", "peak_loss", "final_loss", "oscillation"),
+    *("relative_peak_loss", "relative_final_loss", "relative_oscillation", "seconds", "measuring_seconds"),
+    *("units", "module_losses", "relative_losses", "capacities", "proposed_merges", "guard"),
+)
+"""Entries of a run (docs/result.md) that are kept."""
+WITHIN = 3.0
+"""Pooled standard deviations between a cell and its repetition."""
+Row = dict[str, Any]
+
+
+def identity(cell: Cell) -> dict[str, Any]:
+    """Return what tells a cell from others: network, data, preset, and the settings that are not the preset's."""
+    recipe = cell.recipe
+    usual = flat(Recipe.preset(recipe.name).to_dict())
+    settings = {key: value for key, value in flat(recipe.to_dict()).items() if value != usual[key] and key != "seed"}
+    network = {key: getattr(cell.network, key) for key in ("label", "model", "weights", "calibration", "evaluate")}
+    data = {"network": network, "images": cell.network.images, "bits": cell.bits, "preset": recipe.name}
+    return json.loads(json.dumps(data | {"settings": settings, "seed": recipe.seed}))  # type: ignore[no-any-return]
+
+
+def rows_file(table: str) -> Path:
+    return HERE / "results" / f"{table}.json"
+
+
+def read_rows(table: str) -> list[Row]:
+    """Return the rows of ``table`` that have been computed."""
+    path = rows_file(table)
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
+def write_rows(table: str, rows: Iterable[Row]) -> None:
+    """Write the rows, one a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    write_text(rows_file(table), f'{{"rows": [\n{lines}\n]}}\n')
+
+
+def read_table(table: str) -> Sweep:
+    return read_sweep(HERE / f"{table}.toml")
+
+
+def missing(sweep: Sweep, rows: Sequence[Row], only: str = "*") -> list[Cell]:
+    """Return the cells of ``sweep`` without a row, of those whose name fits the pattern ``only``."""
+    known = [row["cell"] for row in rows]
+    return [c for c in sweep.cells if fnmatch.fnmatch(c.name, only) and identity(c) not in known]
+
+
+def compute(sweep: Sweep, cells: Sequence[Cell], folder: Path, keep: Any) -> None:
+    """Run ``cells`` of ``sweep`` in ``folder``, and call ``keep`` with the row of each as it ends."""
+    subset = replace(sweep, cells=tuple(cells))
+    digests = {cell.digest(deciding_versions()): cell for cell in cells}
+    kept: set[str] = set()
+
+    def take(news: str) -> None:
+        bar.console.print(news, highlight=False, markup=False)
+        for path in sorted((folder / "cells").glob("[!.]*-*")):
+            digest = path.name.rpartition("-")[2]
+            if digest in digests and digest not in kept:
+                kept.add(digest)
+                keep(row_of(digests[digest], path))
+
+    with Progress() as bar:
+        task = bar.add_task("starting", total=None)
+        rows = run_sweep(
+            subset,
+            folder,
+            tell=take,
+            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
+        )
+        take(f"{len(cells)} cells, {len(kept)} of them done")
+    failed = [row.name for row in rows if row.status != "done"]
+    if failed:
+        raise SystemExit(f"{len(failed)} cells have failed, first {failed[0]}; see above.")
+
+
+def row_of(cell: Cell, folder: Path) -> Row:
+    """Return the row of a cell that ``folder`` has the files of."""
+    result = Result.read(folder / RESULT_FILE)
+    about = json.loads((folder / CELL_FILE).read_text(encoding="utf-8"))
+    measured = {name: rounded(getattr(result.run, name)) for name in MEASURED}
+    return {
+        "cell": identity(cell),
+        "key": cell.digest({}),
+        "method": cell.method,
+        "float_top1": result.float["top1"],
+        "measured": measured,
+        "inputs": about["inputs"],
+        "versions": result.versions,
+        "hardware": result.hardware,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Return plain data with six digits of each number."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def run(tables: Sequence[str], only: str) -> None:
+    """Compute the cells of ``tables`` that have no row."""
+    for table in tables:
+        sweep, rows = read_table(table), read_rows(table)
+        cells = missing(sweep, rows, only)
+        print(f"{table}: {len(sweep.cells) - len(missing(sweep, rows))} of {len(sweep.cells)} cells are there.")
+
+        def keep(row: Row, table: str = table, rows: list[Row] = rows) -> None:
+            rows.append(row)
+            write_rows(table, rows)
+
+        if cells:
+            compute(sweep, cells, RUNS / table, keep)
+
+
+def repeat(table: str, key: str) -> None:
+    """Compute one cell again, and tell how far its top-1 is from the recorded one."""
+    sweep, rows = read_table(table), read_rows(table)
+    recorded = next((row for row in rows if row["key"] == key), None)
+    cell = next((cell for cell in sweep.cells if cell.digest({}) == key), None)
+    if recorded is None or cell is None:
+        raise SystemExit(f"{table} has no cell {key} with a result; `status` lists the keys.")
+    again: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        compute(sweep, [cell], Path(folder) / "repeated", again.append)
+    then, now = recorded["measured"]["top1"], again[0]["measured"]["top1"]
+    spread = pooled_deviation(rows)
+    good = abs(now - then) <= WITHIN * spread
+    print(
+        f"{cell.name}: top-1 {then:.2f} % recorded, {now:.2f} % now; {abs(now - then):.2f} is "
+        f"{'within' if good else 'MORE THAN'} {WITHIN:g} pooled standard deviations of {spread:.2f}."
+    )
+    sys.exit(0 if good else 1)
+
+
+def pooled_deviation(rows: Sequence[Row]) -> float:
+    """Return the standard deviation of top-1 over seeds, pooled over all groups of cells that differ by seed alone."""
+    variances = [statistics.variance(values) for values in groups(rows).values() if len(values) > 1]
+    return statistics.mean(variances) ** 0.5 if variances else 0.0
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Return top-1 over seeds of the cells that differ by seed alone."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        name = json.dumps(row["cell"] | {"seed": None}, sort_keys=True)
+        found.setdefault(name, []).append(row["measured"]["top1"])
+    return found
+
+
+def status() -> None:
+    """Print all cells that have results, with their keys, and how many have none."""
+    for table in TABLES:
+        rows = read_rows(table)
+        left = len(missing(read_table(table), rows))
+        print(f"{table}: {len(rows)} rows, {left} cells without")
+        for row in rows:
+            cell = row["cell"]
+            name = f"{cell['network']['label']} {cell['bits']} {row['method']} seed {cell['seed']}"
+            print(f"  {row['key']}  {row['measured']['top1']:6.2f} %  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run the tables of the evidence and write the page of results.")
+    parts = parser.add_subparsers(dest="part", required=True)
+    running = parts.add_parser("run", help="compute what is missing")
+    running.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)} (default: all)")
+    running.add_argument("--only", default="*", metavar="PATTERN", help="only cells of such names, as `status` shows")
+    again = parts.add_parser("repeat", help="compute one cell again and compare")
+    again.add_argument("table", choices=TABLES)
+    again.add_argument("key")
+    paging = parts.add_parser("page", help="write docs/results.md and its figures from the results")
+    paging.add_argument("--check", action="store_true", help="only check that the page shows the results")
+    parts.add_parser("status", help="list the cells that have results")
+    options = parser.parse_args()
+    if options.part == "run":
+        unknown = set(options.tables) - set(TABLES)
+        if unknown:
+            parser.error(f"there is no table {min(unknown)}; choose of {', '.join(TABLES)}.")
+        run(options.tables or TABLES, options.only)
+    elif options.part == "repeat":
+        repeat(options.table, options.key)
+    elif options.part == "status":
+        status()
+    else:
+        write = check_page if options.check else write_page
+        write({table: read_rows(table) for table in TABLES}, {table: read_table(table) for table in TABLES})
+
+
+if __name__ == "__main__":
+    main()

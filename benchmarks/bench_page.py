@@ -1,0 +1,268 @@
+"""The generated parts of docs/results.md, and its figures, from the rows of ``bench.py``.
+
+Each part stands between two comments in the page, ``<!-- NAME -->`` and ``<!-- end of NAME -->``; the prose around them
+is written by hand.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from quiesce.outputs import write_bytes, write_text
+from quiesce.sweep.plan import Cell, Sweep
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, IMAGES = DOCS / "results.md", DOCS / "images"
+WEIGHTS = Path(__file__).parent / "weights"
+BASES = ("brecq-fast", "qdrop-fast")
+MERGED = ("modcap", "loss", "loss-descent", "scheme")
+LEAST_POINTS, STANDARD_ERRORS = 0.3, 2.0
+"""Two methods differ when their paired mean difference over seeds exceeds both."""
+STYLE = {"svg.hashsalt": "quiesce", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+Row = dict[str, Any]
+Key = tuple[str, str, str | None]
+"""Bits, preset and granularity."""
+
+
+def write_page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> None:
+    """Write the figures, and the generated parts of the page."""
+    for name in tables:
+        if name == "convergence":
+            draw(f"{name}.svg", lambda figure, own=rows[name]: draw_convergence(figure, own))
+        else:
+            draw(f"losses-{name}.svg", lambda figure, own=rows[name]: draw_losses(figure, own, "W2A4"))
+    write_text(PAGE, page(rows, tables))
+
+
+def check_page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> None:
+    """Check that the page shows these results."""
+    if page(rows, tables) != PAGE.read_text(encoding="utf-8"):
+        raise SystemExit(f"{PAGE.name} shows other results; run `python benchmarks/bench.py page`.")
+
+
+def page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> str:
+    """Return the page with its generated parts made anew."""
+    text = replaced(PAGE.read_text(encoding="utf-8"), "networks", networks_table())
+    for name, sweep in tables.items():
+        makers = [convergence_table] if name == "convergence" else [method_table, merging_table]
+        parts = [coverage(rows[name], sweep), *(make(rows[name], sweep) for make in makers)]
+        text = replaced(text, name, "\n\n".join(parts))
+    return text
+
+
+def replaced(text: str, name: str, part: str) -> str:
+    """Return ``text`` with what stands between the comments of ``name`` replaced by ``part``."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{PAGE.name} has no place for {name!r}; give it {begin.strip()} and {end.strip()}.")
+    return pattern.sub(lambda _: begin + part + end, text)
+
+
+def draw(name: str, paint: Any) -> None:
+    """Write the figure that ``paint`` draws."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        paint(figure)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        write_bytes(IMAGES / name, file.getvalue())
+
+
+def networks_table() -> str:
+    """Return what is known of the trained networks."""
+    lines = [header(["Network", "Parameters", "Training images", "Hours", "Top-1 %, tuning", "Top-1 %, test"], left=1)]
+    for path in sorted(WEIGHTS.glob("emoji1000_*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        hours = sum(stage[-1]["seconds"] for stage in record["log"]) / 3600
+        values = [f"{record['parameters']:,}", f"{record['images']:,}", f"{hours:.1f}"]
+        accuracy = [f"{record['top1'][part]:.2f}" for part in ("tuning", "test")]
+        lines.append(line([f"`{record['network']}`", *values, *accuracy]))
+    return "\n".join(lines)
+
+
+def by_method(rows: Sequence[Row]) -> dict[Key, dict[int, Row]]:
+    """Return the rows by method, then by seed."""
+    found: dict[Key, dict[int, Row]] = {}
+    for row in rows:
+        found.setdefault(key_of(row), {})[row["cell"]["seed"]] = row
+    return found
+
+
+def key_of(row: Row) -> Key:
+    cell = row["cell"]
+    usual = {"nearest": None, "adaround-fast": "layer"}
+    return cell["bits"], cell["preset"], cell["settings"].get("granularity.method", usual.get(cell["preset"], "block"))
+
+
+def key_of_cell(cell: Cell) -> Key:
+    recipe = cell.recipe
+    return cell.bits, recipe.name, None if recipe.granularity is None else recipe.granularity.method
+
+
+def top1(rows: Mapping[int, Row]) -> dict[int, float]:
+    return {seed: row["measured"]["top1"] for seed, row in rows.items()}
+
+
+def coverage(rows: Sequence[Row], sweep: Sweep) -> str:
+    """Tell how much of the table is there, what float has, and on what it was measured."""
+    if not rows:
+        return f"None of the {len(sweep.cells)} cells has been run."
+    machines = sorted({f"{row['hardware'].get('cpu') or row['hardware']['device']}" for row in rows})
+    hours = sum(row["measured"]["seconds"] for row in rows) / 3600
+    threads = sorted({row["hardware"]["threads"] for row in rows})
+    return (
+        f"{len(rows)} of {len(sweep.cells)} cells have been run; the others are empty. Float top-1 is "
+        f"{rows[0]['float_top1']:.2f} %. It took {hours:.1f} hours of {'/'.join(map(str, threads))} thread on "
+        f"{'; '.join(machines)}."
+    )
+
+
+def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
+    """Return top-1, mean and standard deviation over seeds, by method and bits."""
+    done = by_method(rows)
+    columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
+    methods = sorted({key_of_cell(cell)[1:] for cell in sweep.cells}, key=method_order)
+    lines = [header(["Method", "Granularity", *columns, "Seconds"], left=2)]
+    for preset, granularity in methods:
+        cells = [done.get((bits, preset, granularity), {}) for bits in columns]
+        seconds = [row["measured"]["seconds"] for own in cells for row in own.values()]
+        shown = f"{statistics.fmean(seconds):.0f}" if seconds else ""
+        values = [spread(list(top1(own).values())) for own in cells]
+        lines.append(line([f"`{preset}`", granularity or "–", *values, shown]))
+    return "\n".join(lines)
+
+
+def method_order(method: tuple[str, str | None]) -> tuple[int, int]:
+    preset, granularity = method
+    presets = ["nearest", "adaround-fast", *BASES]
+    granularities = [None, "layer", "block", *MERGED]
+    return presets.index(preset), granularities.index(granularity)
+
+
+def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
+    """Return what each granularity adds to its base method: points of top-1, and the share of the drop it removes."""
+    done = by_method(rows)
+    columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
+    methods = sorted({key_of_cell(cell)[1:] for cell in sweep.cells}, key=method_order)
+    lines = [header(["Base", "Granularity", *columns], left=2)]
+    for preset, granularity in methods:
+        if granularity not in MERGED:
+            continue
+        shown = []
+        for bits in columns:
+            base, merged = (top1(done.get((bits, preset, g), {})) for g in ("block", granularity))
+            shown.append(gain(base, merged, rows[0]["float_top1"] if rows else math.nan))
+        lines.append(line([f"`{preset}`", granularity, *shown]))
+    return "\n".join(lines)
+
+
+def gain(base: Mapping[int, float], other: Mapping[int, float], float_top1: float) -> str:
+    """Write the mean difference over common seeds, its standard error, and the share of the base's drop that is gone.
+
+    A difference beyond noise is bold.
+    """
+    seeds = sorted(base.keys() & other.keys())
+    if not seeds:
+        return ""
+    mean, error = paired(base, other)
+    drop = float_top1 - statistics.fmean(base[seed] for seed in seeds)
+    share = f", {100 * mean / drop:.0f} %" if drop > LEAST_POINTS else ""
+    text = f"{signed(mean)}{'' if math.isnan(error) else f' ± {error:.2f}'}{share}"
+    return f"**{text}**" if differs(mean, error) else text
+
+
+def paired(base: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float]:
+    """Return the mean difference over common seeds and its standard error (NaN for a single seed)."""
+    differences = [other[seed] - base[seed] for seed in sorted(base.keys() & other.keys())]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return statistics.fmean(differences), error
+
+
+def differs(mean: float, error: float) -> bool:
+    """Return whether a difference is beyond noise."""
+    return abs(mean) > LEAST_POINTS and abs(mean) > STANDARD_ERRORS * error
+
+
+def convergence_table(rows: Sequence[Row], sweep: Sweep) -> str:
+    """Return top-1 over the steps of a module."""
+    curves = convergence(rows)
+    steps = sorted({cell.recipe.reconstruction.steps for cell in sweep.cells if cell.recipe.reconstruction})
+    lines = [header(["Method", *[f"{step} steps" for step in steps]], left=1)]
+    for preset, curve in curves.items():
+        lines.append(line([f"`{preset}`", *[spread(curve.get(step, [])) for step in steps]]))
+    return "\n".join(lines)
+
+
+def convergence(rows: Sequence[Row]) -> dict[str, dict[int, list[float]]]:
+    """Return top-1 over seeds, by preset and steps."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in sorted(rows, key=lambda row: str(row["cell"]["preset"])):
+        steps = row["cell"]["settings"].get("reconstruction.steps", 500)
+        found.setdefault(row["cell"]["preset"], {}).setdefault(steps, []).append(row["measured"]["top1"])
+    return found
+
+
+def draw_convergence(figure: Figure, rows: Sequence[Row]) -> None:
+    axes = figure.subplots()
+    for preset, curve in convergence(rows).items():
+        steps = sorted(curve)
+        axes.plot(steps, [statistics.fmean(curve[step]) for step in steps], marker="o", label=preset)
+    axes.set_xscale("log")
+    axes.set_xlabel("steps of a module")
+    axes.set_ylabel("top-1 % of the tuning images")
+    if rows:
+        axes.legend(frameon=False)
+
+
+def draw_losses(figure: Figure, rows: Sequence[Row], bits: str) -> None:
+    """Draw relative losses over modules, mean over seeds: the two bases, each with its granularities."""
+    done = by_method(rows)
+    panels = figure.subplots(1, len(BASES), sharey=True)
+    for axes, preset in zip(panels, BASES, strict=True):
+        for granularity in ("block", *MERGED):
+            own = done.get((bits, preset, granularity))
+            if own:
+                draw_curve(axes, [row["measured"]["relative_losses"] for row in own.values()], granularity)
+        axes.set_title(f"{preset}, {bits}", fontsize=10)
+    panels[0].set_ylabel("module loss / E‖f‖²")
+    if panels[0].lines:
+        panels[0].legend(frameon=False)
+
+
+def draw_curve(axes: Axes, losses: Sequence[Mapping[str, float]], label: str) -> None:
+    names = list(losses[0])
+    means = [statistics.fmean(loss[name] for loss in losses) for name in names]
+    axes.plot(range(len(names)), means, marker=".", linewidth=1.2, label=label)
+    axes.set_xticks(range(len(names)), [name.split("+")[0].split("(")[0] for name in names], rotation=90, fontsize=8)
+
+
+def header(names: Sequence[str], left: int) -> str:
+    """Return the first two lines of a table, ``left`` columns aligned left and the others right."""
+    return line(names) + "\n|" + "---|" * left + "--:|" * (len(names) - left)
+
+
+def line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write mean ± sample standard deviation."""
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quiesce.quant.kernels import soft_weight
+from quiesce.quant.rounding.adaround import AdaRound
+from quiesce.quant.spec import QuantizationSpec
+
+
+class JointRounding(AdaRound):
+    """AdaRound that learns the weight's step size, too (Genie-M, arXiv 2212.04780).
+
+    W̃ = s'·(clip(B + h(V) + z, q_min, q_max) − z), where B = ⌊W/s⌋ is of the step size at the start and stays, so that
+    the gradient to s' is that of a scale. s' = s·2^(tanh(u) / 2): within a factor of √2 of s, for the room of integer
+    biases. ``u`` has the scale's shape, and starts at 0.
+    """
+
+    unit: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        spec: QuantizationSpec,
+        scale: Tensor,
+        zero_point: Tensor,
+        start: Tensor | None = None,
+        *,
+        fused: bool = False,
+    ) -> None:
+        super().__init__(weight, spec, scale, zero_point, start, fused=fused)
+        self.register_buffer("unit", torch.ones_like(self.scale))
+        self.step_sizes = nn.Parameter(torch.zeros_like(self.scale))
+
+    def forward(self) -> Tensor:
+        steps = soft_weight(self.V, self.base, self.zero_point, self.unit, self.ends, fused=self.fused)
+        return steps * (self.scale * self._factor())
+
+    def learned_scale(self, scale: Tensor) -> Tensor:
+        return scale * self._factor().detach().view_as(scale)
+
+    def _base(self, steps: Tensor, start: Tensor | None) -> Tensor:
+        """B + z; where the integers to start from were found on another scale, the next ones to B that allow them."""
+        base = super()._base(steps, start)
+        if start is None:
+            return base
+        clipped = (base < self.ends[0]) | (base >= self.ends[1])
+        return torch.where(clipped, base, torch.minimum(torch.maximum(base, start - 1), start.to(base.dtype)))
+
+    def _factor(self) -> Tensor:
+        assert self.step_sizes is not None
+        return torch.exp2(0.5 * self.step_sizes.tanh())
