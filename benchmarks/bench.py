@@ -28,6 +28,7 @@ from typing import Any
 from rich.progress import Progress
 
 from bench_page import check_page, write_page
+from quiesce.errors import QuiesceError
 from quiesce.files import flat
 from quiesce.outputs import write_text
 from quiesce.recipe import Recipe
@@ -37,7 +38,8 @@ from quiesce.sweep.plan import Cell, Sweep, read_sweep
 from quiesce.sweep.run import run_sweep
 
 HERE = Path(__file__).parent
-TABLES = ("quick", "convergence", "emoji_mobilenetv2_050", "emoji_resnet18")
+TABLES = ("quick", "rates", "regularizer", "convergence", "emoji_mobilenetv2_050", "emoji_resnet18", "candidates")
+"""In the order in which they are worth running."""
 RUNS = HERE.parents[0] / "runs" / "bench"
 MEASURED = (
     *("top1", "agreement", "sqnr_db", "peak_loss", "final_loss", "oscillation"),
@@ -231,4 +233,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except QuiesceError as error:
+        raise SystemExit(str(error)) from None

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ from quiesce.sweep.plan import Cell, Sweep
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, IMAGES = DOCS / "results.md", DOCS / "images"
 WEIGHTS = Path(__file__).parent / "weights"
+LISTED = ("rates", "regularizer", "candidates")
+"""Tables with a line for each combination of settings."""
 BASES = ("brecq-fast", "qdrop-fast")
 MERGED = ("modcap", "loss", "loss-descent", "scheme")
+WIDTH = 120
 LEAST_POINTS, STANDARD_ERRORS = 0.3, 2.0
 """Two methods differ when their paired mean difference over seeds exceeds both."""
 STYLE = {"svg.hashsalt": "quiesce", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
@@ -40,7 +44,7 @@ def write_page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -
     for name in tables:
         if name == "convergence":
             draw(f"{name}.svg", lambda figure, own=rows[name]: draw_convergence(figure, own))
-        else:
+        elif name not in LISTED:
             draw(f"losses-{name}.svg", lambda figure, own=rows[name]: draw_losses(figure, own, "W2A4"))
     write_text(PAGE, page(rows, tables))
 
@@ -55,7 +59,11 @@ def page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> str:
     """Return the page with its generated parts made anew."""
     text = replaced(PAGE.read_text(encoding="utf-8"), "networks", networks_table())
     for name, sweep in tables.items():
-        makers = [convergence_table] if name == "convergence" else [method_table, merging_table]
+        makers = [method_table, merging_table]
+        if name == "convergence":
+            makers = [convergence_table]
+        elif name in LISTED:
+            makers = [list_table]
         parts = [coverage(rows[name], sweep), *(make(rows[name], sweep) for make in makers)]
         text = replaced(text, name, "\n\n".join(parts))
     return text
@@ -122,11 +130,12 @@ def coverage(rows: Sequence[Row], sweep: Sweep) -> str:
     machines = sorted({f"{row['hardware'].get('cpu') or row['hardware']['device']}" for row in rows})
     hours = sum(row["measured"]["seconds"] for row in rows) / 3600
     threads = sorted({row["hardware"]["threads"] for row in rows})
-    return (
-        f"{len(rows)} of {len(sweep.cells)} cells have been run; the others are empty. Float top-1 is "
-        f"{rows[0]['float_top1']:.2f} %. It took {hours:.1f} hours of {'/'.join(map(str, threads))} thread on "
-        f"{'; '.join(machines)}."
+    left = "; the others are empty" if len(rows) < len(sweep.cells) else ""
+    text = (
+        f"{len(rows)} of {len(sweep.cells)} cells have been run{left}. Float top-1 is {rows[0]['float_top1']:.2f} %. "
+        f"It took {hours:.1f} hours of {'/'.join(map(str, threads))} thread on {'; '.join(machines)}."
     )
+    return textwrap.fill(text, WIDTH)
 
 
 def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
@@ -193,6 +202,28 @@ def paired(base: Mapping[int, float], other: Mapping[int, float]) -> tuple[float
 def differs(mean: float, error: float) -> bool:
     """Return whether a difference is beyond noise."""
     return abs(mean) > LEAST_POINTS and abs(mean) > STANDARD_ERRORS * error
+
+
+def list_table(rows: Sequence[Row], sweep: Sweep) -> str:
+    """Return top-1 and SQNR of each combination of settings that has been run."""
+    varied = {key for row in rows for key in row["cell"]["settings"] if len({setting(r, key) for r in rows}) > 1}
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        shown = [f"{key.rpartition('.')[2]} = {row['cell']['settings'][key]}" for key in row["cell"]["settings"]]
+        kept = [text for text, key in zip(shown, row["cell"]["settings"], strict=True) if key in varied]
+        place = (row["cell"]["network"]["label"], row["cell"]["bits"], ", ".join([f"`{row['cell']['preset']}`", *kept]))
+        found.setdefault(place, []).append(row)
+    lines = [header(["Network", "W/A", "Method", "Top-1 %", "SQNR"], left=3)]
+    for network, bits, method in sorted(found):
+        own = found[network, bits, method]
+        top1s, sqnrs = ([row["measured"][name] for row in own] for name in ("top1", "sqnr_db"))
+        lines.append(line([network, bits, method, spread(top1s), f"{statistics.fmean(sqnrs):.1f}"]))
+    return "\n".join(lines)
+
+
+def setting(row: Row, key: str) -> str:
+    """Return a setting as text, to compare; what is the preset's is none."""
+    return str(row["cell"]["settings"].get(key))
 
 
 def convergence_table(rows: Sequence[Row], sweep: Sweep) -> str:

@@ -111,8 +111,17 @@ class TestEmoji:
         assert torch.equal(first, again) and torch.equal(labels, same)
         assert labels.min() >= 0 and labels.max() < 1000
         for part, index in (("test", 1), ("tuning", 0), ("calibration", 0), ("training", 0)):
-            other, _ = render(art, part, index)
-            assert not torch.equal(first, other)
+            other, other_labels = render(art, part, index)
+            assert not torch.equal(first, other) and not torch.equal(labels, other_labels)
+
+    def test_no_two_parts_share_a_seed(self, load: Any) -> None:
+        """Of a seed, torch's generator takes the lower 32 bits."""
+        module, drawn = load("emoji1000.render"), {}
+        for part, number in module.PARTS.items():
+            for index in (0, 1, 10**6, module._PART - 1):
+                generator = torch.Generator().manual_seed(number * module._PART + index)
+                drawn[part, index] = tuple(torch.randint(2**31, (4,), generator=generator).tolist())
+        assert len(set(drawn.values())) == len(drawn)
 
     def test_the_class_is_that_of_the_large_one(self, load: Any) -> None:
         """Glyphs of one grey value each: the most frequent value of an easy image is that of its class."""

@@ -20,8 +20,8 @@ from emoji1000.art import CLASSES, STYLES
 BLOCK = 250
 """Images of one seed."""
 PARTS = {"training": 0, "calibration": 1, "tuning": 2, "test": 3}
-_PART = 1 << 40
-"""Seeds of a part: block ``i`` of part ``p`` has the seed ``p * 2**40 + i``."""
+_PART = 1 << 29
+"""Block ``i`` of part ``p`` has the seed ``p * 2**29 + i``; torch's generator takes no more than 32 bits of a seed."""
 STRENGTH = 1.4
 """How hard the benchmark's images are; chosen once, for a float top-1 of ResNet-18 between 70 and 80 %, and frozen."""
 MEAN, STD = 0.5, 0.25
