@@ -213,11 +213,13 @@ def list_table(rows: Sequence[Row], sweep: Sweep) -> str:
         kept = [text for text, key in zip(shown, row["cell"]["settings"], strict=True) if key in varied]
         place = (row["cell"]["network"]["label"], row["cell"]["bits"], ", ".join([f"`{row['cell']['preset']}`", *kept]))
         found.setdefault(place, []).append(row)
-    lines = [header(["Network", "W/A", "Method", "Top-1 %", "SQNR"], left=3)]
+    several = len({network for network, _, _ in found}) > 1
+    lines = [header([*["Network"] * several, "W/A", "Method", "Top-1 %", "SQNR dB"], left=2 + several)]
     for network, bits, method in sorted(found):
         own = found[network, bits, method]
         top1s, sqnrs = ([row["measured"][name] for row in own] for name in ("top1", "sqnr_db"))
-        lines.append(line([network, bits, method, spread(top1s), f"{statistics.fmean(sqnrs):.1f}"]))
+        values = [spread(top1s), f"{statistics.fmean(sqnrs):.1f}"]
+        lines.append(line([*[network] * several, bits, method, *values]))
     return "\n".join(lines)
 
 

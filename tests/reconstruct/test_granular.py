@@ -162,8 +162,9 @@ def test_fewer_steps_come_with_higher_rates(chain: Prepared, share: float, steps
     short = measuring_job(replace(job(chain, recipe()), reconstruction=FULL), share)
     made = short.reconstruction
     assert made.steps == steps
-    assert made.rounding_lr == pytest.approx(1e-3 * faster) and made.step_size_lr == pytest.approx(4e-5 * faster)
-    assert replace(made, steps=20_000, rounding_lr=1e-3, step_size_lr=4e-5) == FULL
+    rates = {"rounding_lr": 1e-3, "step_size_lr": 4e-5, "weight_step_size_lr": 1e-4}
+    assert {name: getattr(made, name) for name in rates} == pytest.approx({n: r * faster for n, r in rates.items()})
+    assert replace(made, steps=20_000, **rates) == FULL
 
 
 @pytest.mark.parametrize(("rate", "short"), [(0.04, 0.1), (0.1, 0.1), (0.5, 0.5)])
