@@ -20,27 +20,26 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
 from bench_page import check_page, write_page
 from quiesce.errors import QuiesceError
-from quiesce.files import flat
+from quiesce.files import flat, read_json
 from quiesce.outputs import write_text
 from quiesce.recipe import Recipe
 from quiesce.result import Result
 from quiesce.sweep.cell import CELL_FILE, RESULT_FILE, deciding_versions
 from quiesce.sweep.plan import Cell, Sweep, read_sweep
-from quiesce.sweep.run import run_sweep
+from quiesce.sweep.run import CELLS
+from shown_sweep import run_shown
 
 HERE = Path(__file__).parent
 TABLES = ("quick", "rates", "regularizer", "convergence", "emoji_mobilenetv2_050", "emoji_resnet18", "candidates")
 """In the order in which they are worth running."""
-RUNS = HERE.parents[0] / "runs" / "bench"
+RUNS = HERE.parent / "runs" / "bench"
 MEASURED = (
     *("top1", "agreement", "sqnr_db", "peak_loss", "final_loss", "oscillation"),
     *("relative_peak_loss", "relative_final_loss", "relative_oscillation", "seconds", "measuring_seconds"),
@@ -69,7 +68,7 @@ def rows_file(table: str) -> Path:
 def read_rows(table: str) -> list[Row]:
     """Return the rows of ``table`` that have been computed."""
     path = rows_file(table)
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return read_json(path)["rows"] if path.exists() else []
 
 
 def write_rows(table: str, rows: Iterable[Row]) -> None:
@@ -82,44 +81,31 @@ def read_table(table: str) -> Sweep:
     return read_sweep(HERE / f"{table}.toml")
 
 
-def missing(sweep: Sweep, rows: Sequence[Row], only: str = "*") -> list[Cell]:
-    """Return the cells of ``sweep`` without a row, of those whose name fits the pattern ``only``."""
+def missing(sweep: Sweep, rows: Sequence[Row]) -> list[Cell]:
+    """Return the cells of ``sweep`` without a row."""
     known = [row["cell"] for row in rows]
-    return [c for c in sweep.cells if fnmatch.fnmatch(c.name, only) and identity(c) not in known]
+    return [cell for cell in sweep.cells if identity(cell) not in known]
 
 
-def compute(sweep: Sweep, cells: Sequence[Cell], folder: Path, keep: Any) -> None:
+def compute(sweep: Sweep, cells: Sequence[Cell], folder: Path, keep: Callable[[Row], None]) -> None:
     """Run ``cells`` of ``sweep`` in ``folder``, and call ``keep`` with the row of each as it ends."""
-    subset = replace(sweep, cells=tuple(cells))
     digests = {cell.digest(deciding_versions()): cell for cell in cells}
     kept: set[str] = set()
 
-    def take(news: str) -> None:
-        bar.console.print(news, highlight=False, markup=False)
-        for path in sorted((folder / "cells").glob("[!.]*-*")):
+    def take() -> None:
+        for path in sorted((folder / CELLS).glob("[!.]*-*")):
             digest = path.name.rpartition("-")[2]
             if digest in digests and digest not in kept:
                 kept.add(digest)
                 keep(row_of(digests[digest], path))
 
-    with Progress() as bar:
-        task = bar.add_task("starting", total=None)
-        rows = run_sweep(
-            subset,
-            folder,
-            tell=take,
-            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
-        )
-        take(f"{len(cells)} cells, {len(kept)} of them done")
-    failed = [row.name for row in rows if row.status != "done"]
-    if failed:
-        raise SystemExit(f"{len(failed)} cells have failed, first {failed[0]}; see above.")
+    run_shown(replace(sweep, cells=tuple(cells)), folder, take)
 
 
 def row_of(cell: Cell, folder: Path) -> Row:
     """Return the row of a cell that ``folder`` has the files of."""
     result = Result.read(folder / RESULT_FILE)
-    about = json.loads((folder / CELL_FILE).read_text(encoding="utf-8"))
+    about = read_json(folder / CELL_FILE)
     measured = {name: rounded(getattr(result.run, name)) for name in MEASURED}
     return {
         "cell": identity(cell),
@@ -147,8 +133,9 @@ def run(tables: Sequence[str], only: str) -> None:
     """Compute the cells of ``tables`` that have no row."""
     for table in tables:
         sweep, rows = read_table(table), read_rows(table)
-        cells = missing(sweep, rows, only)
-        print(f"{table}: {len(sweep.cells) - len(missing(sweep, rows))} of {len(sweep.cells)} cells are there.")
+        left = missing(sweep, rows)
+        cells = [cell for cell in left if fnmatch.fnmatch(cell.name, only)]
+        print(f"{table}: {len(sweep.cells) - len(left)} of {len(sweep.cells)} cells are there.")
 
         def keep(row: Row, table: str = table, rows: list[Row] = rows) -> None:
             rows.append(row)

@@ -206,12 +206,13 @@ def differs(mean: float, error: float) -> bool:
 
 def list_table(rows: Sequence[Row], sweep: Sweep) -> str:
     """Return top-1 and SQNR of each combination of settings that has been run."""
-    varied = {key for row in rows for key in row["cell"]["settings"] if len({setting(r, key) for r in rows}) > 1}
+    keys = {key for row in rows for key in row["cell"]["settings"]}
+    varied = {key for key in keys if len({str(row["cell"]["settings"].get(key)) for row in rows}) > 1}
     found: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        shown = [f"{key.rpartition('.')[2]} = {row['cell']['settings'][key]}" for key in row["cell"]["settings"]]
-        kept = [text for text, key in zip(shown, row["cell"]["settings"], strict=True) if key in varied]
-        place = (row["cell"]["network"]["label"], row["cell"]["bits"], ", ".join([f"`{row['cell']['preset']}`", *kept]))
+        cell = row["cell"]
+        kept = [f"{key.rpartition('.')[2]} = {value}" for key, value in cell["settings"].items() if key in varied]
+        place = (cell["network"]["label"], cell["bits"], ", ".join([f"`{cell['preset']}`", *kept]))
         found.setdefault(place, []).append(row)
     several = len({network for network, _, _ in found}) > 1
     lines = [header([*["Network"] * several, "W/A", "Method", "Top-1 %", "SQNR dB"], left=2 + several)]
@@ -221,11 +222,6 @@ def list_table(rows: Sequence[Row], sweep: Sweep) -> str:
         values = [spread(top1s), f"{statistics.fmean(sqnrs):.1f}"]
         lines.append(line([*[network] * several, bits, method, *values]))
     return "\n".join(lines)
-
-
-def setting(row: Row, key: str) -> str:
-    """Return a setting as text, to compare; what is the preset's is none."""
-    return str(row["cell"]["settings"].get(key))
 
 
 def convergence_table(rows: Sequence[Row], sweep: Sweep) -> str:

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from quiesce.files import read_json
 from quiesce.outputs import write_text
 from quiesce.sweep.plan import read_sweep
-from quiesce.sweep.run import run_sweep
-from quiesce.sweep.table import Row, Summary, summarize
+from quiesce.sweep.table import Summary, summarize
+from shown_sweep import run_shown
 
 NETWORKS = {
     "resnet18": ("torchvision:resnet18", "resnet18"),
@@ -101,17 +100,7 @@ def run(name: str, options: argparse.Namespace) -> list[Summary]:
     path = options.out / f"{name}.toml"
     write_text(path, sweep_text(name, options))
     sweep = read_sweep(path)
-    with Progress() as bar:
-        task = bar.add_task(name, total=None)
-        rows = run_sweep(
-            sweep,
-            options.out / name,
-            progress=lambda stage, done, total: bar.update(task, completed=done, total=total),
-            tell=lambda news: bar.console.print(news, highlight=False, markup=False),
-        )
-    failed: list[Row] = [row for row in rows if row.status != "done"]
-    if failed:
-        raise SystemExit(f"{failed[0].name} has failed: {failed[0].error}")
+    rows = run_shown(sweep, options.out / name)
     return summarize(sweep.cells, rows)
 
 

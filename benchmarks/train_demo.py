@@ -76,12 +76,16 @@ def augment(images: Tensor) -> Tensor:
 def train(images: Tensor, labels: Tensor, epochs: int) -> DemoNet:
     """Train by SGD with Nesterov momentum."""
     network = DemoNet().to(memory_format=torch.channels_last)
+    fit(network, sgd(network, PEAK_LR, WEIGHT_DECAY), images, labels, epochs)
+    return network.eval()
+
+
+def sgd(network: nn.Module, peak_lr: float, weight_decay: float) -> torch.optim.SGD:
+    """Return SGD with Nesterov momentum; norms and biases do not decay."""
     decayed = [p for p in network.parameters() if p.ndim > 1]
     plain = [p for p in network.parameters() if p.ndim == 1]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain}]
-    optimizer = torch.optim.SGD(groups, lr=PEAK_LR, momentum=MOMENTUM, nesterov=True)
-    fit(network, optimizer, images, labels, epochs)
-    return network.eval()
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain}]
+    return torch.optim.SGD(groups, lr=peak_lr, momentum=MOMENTUM, nesterov=True)
 
 
 def fit(
@@ -115,11 +119,11 @@ def fit(
         print(f"epoch {epoch + 1}/{epochs}: loss {total / len(batches):.4f}, {seconds:.0f} s", flush=True)
 
 
-def rate_factor(progress: float) -> float:
+def rate_factor(progress: float, warm_up: float = WARM_UP) -> float:
     """Return the learning rate over its peak at ``progress`` in [0, 1): linear warm-up, then cosine."""
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+    if progress < warm_up:
+        return progress / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
 
 
 def tensors(images: np.ndarray, labels: np.ndarray, index: np.ndarray | slice) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -29,12 +27,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from emoji1000.art import SIDE, load_art
+from emoji1000.data import TEST, TUNING
 from emoji1000.networks import NETWORKS, WEIGHTS, trained, weights_file
 from emoji1000.render import BLOCK, STRENGTH, normalize, render, rendered
 from quiesce.outputs import write_bytes, write_text
 from quiesce.result import hardware
+from train_demo import MOMENTUM, rate_factor, sgd
 
-BATCH, MOMENTUM, WEIGHT_DECAY, WARM_UP = 125, 0.9, 5e-5, 0.05
+BATCH, WEIGHT_DECAY, WARM_UP = 125, 5e-5, 0.05
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ STAGES = (
     Stage(1 / 11, 0.05, sides=((1.0, SIDE),), strength=(STRENGTH, STRENGTH, 0.0)),
 )
 CHECKPOINTS = Path(__file__).parents[1] / "runs" / "train_emoji"
-TUNING, TEST = 5_000, 10_000
 LOG_EVERY = 200
 """Steps between two entries of the log."""
 RECIPE = {
@@ -97,12 +96,9 @@ def shrunk(art: Tensor, side: int) -> Tensor:
 
 def train(network: nn.Module, stage: Stage, first: int, blocks: int) -> list[dict[str, float]]:
     """Train ``network`` in ``stage``, on ``blocks`` blocks of images from number ``first`` on; return the log."""
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    plain = [p for p in network.parameters() if p.ndim == 1]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain}]
-    optimizer = torch.optim.SGD(groups, lr=stage.peak_lr, momentum=MOMENTUM, nesterov=True)
+    optimizer = sgd(network, stage.peak_lr, WEIGHT_DECAY)
     steps = blocks * (BLOCK // BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step / steps, WARM_UP))
     start, log, total, right = time.perf_counter(), [], 0.0, 0.0
     for step, (images, labels) in enumerate(batches(stage, first, blocks), 1):
         with torch.autocast("cpu", torch.bfloat16):
@@ -128,13 +124,6 @@ def shown(entry: dict[str, float], left: float) -> str:
         f"{entry['images']:>9,.0f} images: loss {entry['loss']:.3f}, top-1 {entry['top1']:.1f} %, "
         f"{entry['seconds']:.0f} s, {left / 60:.0f} min left at this speed"
     )
-
-
-def rate_factor(progress: float) -> float:
-    """Return the learning rate over its peak at ``progress`` in [0, 1]: linear warm-up, then cosine."""
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
 @contextmanager
@@ -224,7 +213,7 @@ def main() -> None:
         "threads": options.threads,
         "log": log,
     }
-    write_text(Path(weights_file(options.network)).with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_text(weights_file(options.network).with_suffix(".json"), json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

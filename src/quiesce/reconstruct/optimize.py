@@ -228,12 +228,13 @@ class Step:
     def _set_rates(self, step: int) -> None:
         """Rounding learns at a constant rate, step sizes at one with a cosine decay to 0."""
         decay = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        for optimizer in self.rounding_optimizers:
-            optimizer.param_groups[0]["lr"] = self.slowness * self.recipe.rounding_lr
-        for optimizer in self.step_size_optimizers:
-            optimizer.param_groups[0]["lr"] = self.slowness * self.recipe.step_size_lr * decay
-        for optimizer in self.weight_step_size_optimizers:
-            optimizer.param_groups[0]["lr"] = self.slowness * self.recipe.weight_step_size_lr * decay
+        for optimizers, rate, factor in (
+            (self.rounding_optimizers, self.recipe.rounding_lr, 1.0),
+            (self.step_size_optimizers, self.recipe.step_size_lr, decay),
+            (self.weight_step_size_optimizers, self.recipe.weight_step_size_lr, decay),
+        ):
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = self.slowness * rate * factor
 
     @torch.no_grad()
     def _keep_positive(self) -> None:

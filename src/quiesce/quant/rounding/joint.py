@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from quiesce.quant.kernels import soft_weight
 from quiesce.quant.rounding.adaround import AdaRound
-from quiesce.quant.spec import QuantizationSpec
 
 
 class JointRounding(AdaRound):
@@ -16,25 +16,12 @@ class JointRounding(AdaRound):
     biases. ``u`` has the scale's shape, and starts at 0.
     """
 
-    unit: Tensor
-
-    def __init__(
-        self,
-        weight: Tensor,
-        spec: QuantizationSpec,
-        scale: Tensor,
-        zero_point: Tensor,
-        start: Tensor | None = None,
-        *,
-        fused: bool = False,
-    ) -> None:
-        super().__init__(weight, spec, scale, zero_point, start, fused=fused)
-        self.register_buffer("unit", torch.ones_like(self.scale))
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.step_sizes = nn.Parameter(torch.zeros_like(self.scale))
 
     def forward(self) -> Tensor:
-        steps = soft_weight(self.V, self.base, self.zero_point, self.unit, self.ends, fused=self.fused)
-        return steps * (self.scale * self._factor())
+        return super().forward() * self._factor()
 
     def learned_scale(self, scale: Tensor) -> Tensor:
         return scale * self._factor().detach().view_as(scale)
