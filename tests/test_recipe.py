@@ -44,11 +44,11 @@ class TestPresets:
         assert qdrop.reconstruction.drop_prob == 0.5
 
     @pytest.mark.parametrize("name", ["adaround", "brecq", "qdrop"])
-    def test_fast_ones_differ_in_steps_and_rates_only(self, name: str) -> None:
+    def test_fast_ones_differ_in_steps_rates_and_regularizer_only(self, name: str) -> None:
         slow, fast = Recipe.preset(name).reconstruction, Recipe.preset(f"{name}-fast").reconstruction
         assert slow is not None and fast is not None and fast.steps < slow.steps
-        rates = ("steps", "rounding_lr", "step_size_lr", "weight_step_size_lr")
-        assert dataclasses.replace(fast, **{r: getattr(slow, r) for r in rates}) == slow
+        others = ("steps", "rounding_lr", "step_size_lr", "weight_step_size_lr", "relative_regularizer")
+        assert dataclasses.replace(fast, **{name: getattr(slow, name) for name in others}) == slow
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_carry_their_name(self, name: str) -> None:
@@ -163,6 +163,7 @@ class TestValues:
             ({"warmup": 1.0}, r"reconstruction.warmup is 1"),
             ({"drop_prob": 1.0}, r"reconstruction.drop_prob is 1"),
             ({"regularizer_weight": -1}, r"reconstruction.regularizer_weight is -1"),
+            ({"relative_regularizer": -1}, r"reconstruction.relative_regularizer is -1"),
             ({"seed": -1}, "seed is -1"),
             ({"calibration_batch": 0}, "calibration_batch is 0"),
             (

@@ -827,12 +827,17 @@ def _finest(recipe: Recipe) -> str:
     return "layer" if recipe.granularity is not None and recipe.granularity.method == "layer" else "block"
 
 
-def regularizer_weight(graph: fx.GraphModule, recipe: Recipe) -> float:
-    """Return λ: the recipe's, or 0.1 for networks with depthwise convolutions and 0.01 for others (QDrop's scripts)."""
+def regularizer_weight(graph: fx.GraphModule, recipe: Recipe) -> float | None:
+    """Return λ: the recipe's, or 0.1 for networks with depthwise convolutions and 0.01 for others (QDrop's scripts).
+
+    None stands for one of each unit's own (``relative_regularizer``).
+    """
     if recipe.reconstruction is None:
         return 0.0
     if recipe.reconstruction.regularizer_weight is not None:
         return recipe.reconstruction.regularizer_weight
+    if recipe.reconstruction.relative_regularizer is not None:
+        return None
     layers = [n for n in graph.graph.nodes if is_weight_op(n)]
     depthwise = any(hyperparameters(n, weight_node(n).meta["val"].shape).depthwise for n in layers)
     return 0.1 if depthwise else 0.01

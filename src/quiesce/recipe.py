@@ -229,8 +229,11 @@ class ReconstructionRecipe:
     r moves a step size by about a third of r, relative to it, in a step."""
     learn_step_sizes: bool = True
     regularizer_weight: float | None = None
-    """λ of Σ(1 − |2h − 1|^β). None: 0.01, or 0.1 for networks with depthwise convolutions, whose few weights per
-    channel otherwise stay undecided (with 0.01 MobileNetV2 loses several points at W2A4)."""
+    """λ of Σ(1 − |2h − 1|^β). None: as relative_regularizer says; if that is None, too, 0.01, or 0.1 for networks with
+    depthwise convolutions, whose few weights per channel otherwise stay undecided."""
+    relative_regularizer: float | None = None
+    """λ of each unit as a multiple of L/N, where regularizer_weight is not set: L is the unit's loss when nothing but
+    its weights is quantized, to nearest, and N their number. So one value fits units and networks of all sizes."""
     warmup: float = 0.2
     """Share of the steps without the regularizer."""
     beta_start: float = 20.0
@@ -253,6 +256,8 @@ class ReconstructionRecipe:
         _check(0 <= self.drop_prob < 1, f"{where}drop_prob is {self.drop_prob}; give a probability in [0, 1).")
         weight = self.regularizer_weight
         _check(weight is None or weight >= 0, f"{where}regularizer_weight is {weight}; give 0 or more.")
+        relative = self.relative_regularizer
+        _check(relative is None or relative >= 0, f"{where}relative_regularizer is {relative}; give 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -514,11 +519,18 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
+_DECISIVE = 300.0
+"""Relative regularizer, chosen on tuning images (docs/results.md)."""
+
+
 def _fast(recipe: Recipe) -> Recipe:
-    """A fortieth of the steps at forty times the rates, so that each variable can still travel as far as it needs."""
+    """A fortieth of the steps at forty times the rates, so that each variable can still travel as far as it needs, and
+    a λ that decides roundings in these steps."""
     assert recipe.reconstruction is not None
-    part = replace(recipe.reconstruction, steps=500, rounding_lr=4e-2, step_size_lr=1.6e-3, weight_step_size_lr=4e-3)
-    return replace(recipe, reconstruction=part)
+    rates = {"rounding_lr": 4e-2, "step_size_lr": 1.6e-3, "weight_step_size_lr": 4e-3}
+    return replace(
+        recipe, reconstruction=replace(recipe.reconstruction, steps=500, relative_regularizer=_DECISIVE, **rates)
+    )
 
 
 _ADAROUND = Recipe(
@@ -526,15 +538,22 @@ _ADAROUND = Recipe(
 )
 _BRECQ = Recipe()
 _QDROP = Recipe(reconstruction=ReconstructionRecipe(drop_prob=0.5))
+_BEST = Recipe(
+    granularity=GranularityRecipe(method="loss-descent"),
+    reconstruction=ReconstructionRecipe(rounding="joint", relative_regularizer=_DECISIVE),
+)
 
 PRESETS: dict[str, Recipe] = {
     "nearest": Recipe(granularity=None, reconstruction=None),
     "adaround": _ADAROUND,
     "brecq": _BRECQ,
     "qdrop": _QDROP,
+    "best": _BEST,
     "adaround-fast": _fast(_ADAROUND),
     "brecq-fast": _fast(_BRECQ),
     "qdrop-fast": _fast(_QDROP),
+    "best-fast": _fast(_BEST),
 }
 """Presets by name. ``brecq`` is BRECQ as MRECG configures it: plain squared error, no drop, rounding and activation
-step sizes learned together. The ``-fast`` ones take 500 steps a unit instead of 20,000."""
+step sizes learned together. ``best`` is what measured best beside it (docs/results.md). The ``-fast`` ones take 500
+steps a unit instead of 20,000."""

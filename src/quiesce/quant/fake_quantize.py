@@ -68,6 +68,11 @@ class WeightFakeQuantize(nn.Module):
         self.release()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+        self.round_to_nearest(weight)
+
+    def round_to_nearest(self, weight: Tensor) -> None:
+        """Set the integers to the nearest ones of ``weight`` on the grid as it is."""
+        self.release()
         self.quantized.copy_(nearest(weight, self.spec, self.scale, self.zero_point))
 
     def start_rounding(self, name: str, weight: Tensor, warm: bool, *, fused: bool = False) -> Rounding:

@@ -42,7 +42,8 @@ class Job:
     """The calibrated state with nearest rounding."""
     recipe: Recipe
     reconstruction: ReconstructionRecipe
-    regularizer_weight: float
+    regularizer_weight: float | None
+    """λ, or None where each unit has its own."""
     fisher: Tensors | None = None
     kernels: str = "eager"
     """How elementwise maths of steps runs: "fused", as compiled kernels, or "eager", and why."""

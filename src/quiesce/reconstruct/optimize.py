@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from quiesce.errors import ModelError
 from quiesce.quant.draws import Draws
-from quiesce.quant.fake_quantize import ActivationFakeQuantize, Drop, WeightFakeQuantize
+from quiesce.quant.fake_quantize import ActivationFakeQuantize, Drop, WeightFakeQuantize, fake_quantizers
 from quiesce.quant.kernels import NO_CLIP
 from quiesce.quant.rounding.rounding import Rounding
 from quiesce.recipe import ReconstructionRecipe
@@ -52,7 +52,7 @@ def optimize(
     recipe: ReconstructionRecipe,
     *,
     steps: int,
-    regularizer_weight: float,
+    regularizer_weight: float | None,
     warm: bool,
     seed: int,
     on_step: Callable[[], None],
@@ -63,11 +63,15 @@ def optimize(
 
     The unit must have something to learn (:meth:`~quiesce.reconstruct.streams.Network.learns`). ``fused`` runs
     elementwise maths as compiled kernels (:mod:`quiesce.quant.kernels`). A step works on ``micro_batch`` images at a
-    time (None: all of its batch).
+    time (None: all of its batch). ``regularizer_weight`` None is ``recipe.relative_regularizer`` times the unit's
+    :func:`error_per_weight`.
 
     Raises:
         ModelError: the loss is not finite, however small the learning rates; the unit is hardened as it was before.
     """
+    if regularizer_weight is None:
+        error = error_per_weight(problem, recipe.batch_size, micro_batch)
+        regularizer_weight = (recipe.relative_regularizer or 0.0) * error
     draws = Draws(seed, problem.device, fused=fused)
     drop = Drop(recipe.drop_prob, draws) if recipe.drop_prob > 0 else None
     clips: dict[str, Clip] = {}
@@ -81,6 +85,50 @@ def optimize(
             return _run(step, seed, on_step)
     finally:
         learned.harden()
+
+
+@torch.no_grad()
+def error_per_weight(problem: Problem, images: int, at_a_time: int | None = None) -> float:
+    """Return the loss of the unit when nothing but its weights is quantized, to nearest, over the number of weights.
+
+    It is measured on the first ``images``, ``at_a_time`` of them (None: all), with float inputs, and leaves the unit as
+    it is. It is 0 for a unit without weights to round.
+    """
+    quantizers = fake_quantizers(problem.module)
+    weights = {name: q for name, q in quantizers.items() if isinstance(q, WeightFakeQuantize)}
+    number = sum(q.quantized.numel() for q in weights.values())
+    if number == 0:
+        return 0.0
+    held = {name: q.quantized.clone() for name, q in weights.items()}
+    for node in problem.module.graph.nodes:
+        if node.op == "call_module" and str(node.target) in weights:
+            weights[str(node.target)].round_to_nearest(getattr(problem.module, str(node.args[0].target)))
+    try:
+        for quantizer in quantizers.values():
+            quantizer.enabled = isinstance(quantizer, WeightFakeQuantize)
+        chosen = torch.arange(min(images, problem.images))
+        total = torch.zeros((), dtype=problem.targets[0].dtype, device=problem.device)
+        for part in torch.split(chosen, at_a_time or len(chosen)):
+            batch = Batch.of(problem, part)
+            total += _loss(problem.module(*batch.float_inputs), batch) * (len(part) / len(chosen))
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.enabled = True
+        for name, integers in held.items():
+            weights[name].quantized.copy_(integers)
+    problem.processes.mean_([total])
+    return float(total) / number
+
+
+def _loss(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
+    """Return the reconstruction loss: the squared errors of all outputs, weighted where there are weights."""
+    total = []
+    for i, (output, target) in enumerate(zip(outputs, batch.targets, strict=True)):
+        if batch.weights is None:
+            total.append(squared_error(output, target))
+        else:
+            total.append(weighted_squared_error(output, target, batch.weights[i]))
+    return total[0] if len(total) == 1 else torch.stack(total).sum()
 
 
 @dataclass
@@ -199,13 +247,7 @@ class Step:
         # Activations are numbered 0, 1, …, and inputs −1, −2, …
         for i, (q, f) in enumerate(zip(batch.quantized_inputs, batch.float_inputs, strict=True)):
             inputs.append(q if drop is None or q is f else drop.mix(-1 - i, q, f))
-        total = []
-        for i, (output, target) in enumerate(zip(self.problem.module(*inputs), batch.targets, strict=True)):
-            if batch.weights is None:
-                total.append(squared_error(output, target))
-            else:
-                total.append(weighted_squared_error(output, target, batch.weights[i]))
-        return total[0] if len(total) == 1 else torch.stack(total).sum()
+        return _loss(self.problem.module(*inputs), batch)
 
     def state(self) -> dict[str, Any]:
         """Return a copy of all that steps change."""
