@@ -29,6 +29,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 LISTED = ("rates", "regularizer", "candidates")
 """Tables with a line for each combination of settings."""
 BASES = ("brecq-fast", "qdrop-fast")
+BEST = ("best-fast", "loss-descent")
+BASE_OF_BEST = ("qdrop-fast", "block")
 MERGED = ("modcap", "loss", "loss-descent", "scheme")
 WIDTH = 120
 LEAST_POINTS, STANDARD_ERRORS = 0.3, 2.0
@@ -110,7 +112,7 @@ def by_method(rows: Sequence[Row]) -> dict[Key, dict[int, Row]]:
 
 def key_of(row: Row) -> Key:
     cell = row["cell"]
-    usual = {"nearest": None, "adaround-fast": "layer"}
+    usual = {"nearest": None, "adaround-fast": "layer", "best-fast": "loss-descent"}
     return cell["bits"], cell["preset"], cell["settings"].get("granularity.method", usual.get(cell["preset"], "block"))
 
 
@@ -155,7 +157,7 @@ def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
 
 def method_order(method: tuple[str, str | None]) -> tuple[int, int]:
     preset, granularity = method
-    presets = ["nearest", "adaround-fast", *BASES]
+    presets = ["nearest", "adaround-fast", *BASES, BEST[0]]
     granularities = [None, "layer", "block", *MERGED]
     return presets.index(preset), granularities.index(granularity)
 
@@ -165,15 +167,16 @@ def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
     done = by_method(rows)
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
     methods = sorted({key_of_cell(cell)[1:] for cell in sweep.cells}, key=method_order)
-    lines = [header(["Base", "Granularity", *columns], left=2)]
+    lines = [header(["Base", "With", *columns], left=2)]
     for preset, granularity in methods:
         if granularity not in MERGED:
             continue
+        name, plain = BASE_OF_BEST if (preset, granularity) == BEST else (preset, "block")
         shown = []
         for bits in columns:
-            base, merged = (top1(done.get((bits, preset, g), {})) for g in ("block", granularity))
+            base, merged = (top1(done.get((bits, *method), {})) for method in ((name, plain), (preset, granularity)))
             shown.append(gain(base, merged, rows[0]["float_top1"] if rows else math.nan))
-        lines.append(line([f"`{preset}`", granularity, *shown]))
+        lines.append(line([f"`{name}`", "`best-fast`" if preset == BEST[0] else granularity, *shown]))
     return "\n".join(lines)
 
 

@@ -143,21 +143,20 @@ def test_recipe_tables_hold_every_setting_and_its_default(title: str) -> None:
             assert (tuple(written) if isinstance(written, list) else written) == field.default, name
 
 
-def test_preset_table() -> None:
-    table = section(read("docs/recipe.md"), "Presets")
-    head = next(line for line in table.splitlines() if line.startswith("| Setting"))
-    presets = names(head)
-    assert presets == list(PRESETS)
-    written: dict[str, dict[str, Any]] = {preset: {} for preset in presets}
-    for key, *cells in rows(table):
-        for preset, cell in zip(presets, cells, strict=True):
-            written[preset][names(key)[0]] = value(cell)
-    for preset, settings in written.items():
-        changed = {k: v for k, v in settings.items() if v is not None}
+def test_preset_tables() -> None:
+    slow, fast = (t for t in re.split(r"^(?=\| Setting)", section(read("docs/recipe.md"), "Presets"), flags=re.M)[1:])
+    presets = names(slow.splitlines()[0])
+    assert [*presets, *(f"{preset}-fast" for preset in presets if preset != "nearest")] == list(PRESETS)
+    faster = {names(key)[0]: value(cell) for key, _, cell in rows(fast)}
+    for number, preset in enumerate(presets):
+        changed = {names(key)[0]: value(cells[number]) for key, *cells in rows(slow)}
+        changed = {key: found for key, found in changed.items() if found is not None}
         if preset == "nearest":
             assert not changed and PRESETS[preset].reconstruction is None
         else:
-            assert Recipe(name="custom").with_settings(**changed) == PRESETS[preset]
+            made = Recipe(name="custom").with_settings(**changed)
+            assert made == PRESETS[preset]
+            assert made.with_settings(**faster) == PRESETS[f"{preset}-fast"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from quiesce.quant.rounding import ROUNDINGS
 from quiesce.recipe import PRESETS, ReconstructionRecipe
 from quiesce.reconstruct.batches import Problem
 from quiesce.reconstruct.losses import squared_error
-from quiesce.reconstruct.optimize import optimize
+from quiesce.reconstruct.optimize import error_per_weight, optimize
 from quiesce.reconstruct.streams import Network, Streams
 
 LEARNING = sorted(name for name, row in PRESETS.items() if row.reconstruction is not None)
@@ -248,6 +248,48 @@ def test_the_regularizer_decides_the_rounding(chain: Prepared) -> None:
         ).curve
         gaps[weight] = abs(loss_of(problem) - curve[-1][1]) / loss_of(problem)
     assert gaps[0.1] < 0.1 < gaps[0.0]
+
+
+class TestErrorPerWeight:
+    def test_is_the_loss_of_rounding_to_nearest_alone(self, chain: Prepared) -> None:
+        """Against float64: float inputs, float activations, weights on their grids."""
+        problem = problem_of(chain, 2)
+        quantizers = fake_quantizers(problem.module).values()
+        number = sum(q.quantized.numel() for q in quantizers if isinstance(q, WeightFakeQuantize))
+        exact = doubled(problem)
+        for quantizer in fake_quantizers(exact.module).values():
+            quantizer.enabled = isinstance(quantizer, WeightFakeQuantize)
+        with torch.no_grad():
+            outputs = exact.module(*[t[:8] for t in exact.float_inputs])
+        squares = [(o - t[:8]).square().sum(1).mean() for o, t in zip(outputs, exact.targets, strict=True)]
+        assert error_per_weight(problem, 8) == pytest.approx(float(sum(squares)) / number, rel=1e-4)
+
+    def test_leaves_a_learned_unit_as_it_is_and_does_not_depend_on_it(self, chain: Prepared) -> None:
+        problem = problem_of(chain, 2)
+        before = error_per_weight(problem, 16)
+        learn(problem, settings_of("brecq"))
+        state = snapshot(problem.module)
+        assert error_per_weight(problem, 16) == pytest.approx(before, rel=1e-5)
+        assert all(torch.equal(t, state[name]) for name, t in snapshot(problem.module).items())
+        assert all(q.enabled for q in fake_quantizers(problem.module).values())
+
+    def test_is_the_same_in_parts(self, chain: Prepared) -> None:
+        problem = problem_of(chain, 2)
+        assert error_per_weight(problem, 16, 6) == pytest.approx(error_per_weight(problem, 16), rel=1e-5)
+
+
+def test_a_relative_regularizer_is_that_multiple_of_the_error_per_weight(chain: Prepared) -> None:
+    problem = problem_of(chain, 2)
+    settings = settings_of("brecq", relative_regularizer=300.0, warmup=0.0)
+    curves = []
+    for weight in (None, 300.0 * error_per_weight(problem, settings.batch_size), 0.0):
+        restore(chain.graph, chain.initial)
+        restore(problem.module, chain.initial)
+        course = optimize(
+            problem, settings, steps=20, regularizer_weight=weight, warm=False, seed=0, on_step=lambda: None
+        )
+        curves.append(course.curve)
+    assert curves[0] == curves[1] != curves[2]
 
 
 def test_a_warm_start_keeps_the_rounding_it_starts_from(chain: Prepared) -> None:
