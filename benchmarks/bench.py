@@ -8,7 +8,8 @@
 
 A table is a sweep file beside this script (``docs/sweep.md``), and its results are rows of
 ``results/NAME.json``, one a cell. A row that is there is never computed again, on whatever machine it was computed; so
-a run that was killed goes on where it was. ``run --only PATTERN`` takes some cells of a table.
+a run that was killed goes on where it was. Rows name the preset and what differs from it: who changes a preset removes
+the rows that rest on it. ``run --only PATTERN`` takes some cells of a table.
 """
 
 from __future__ import annotations
