@@ -553,7 +553,7 @@ class TestMixed:
 
 class TestReadRecipe:
     def test_qdrop_unless_told(self) -> None:
-        assert read_recipe(None, None, []) == Recipe.preset("qdrop")
+        assert read_recipe(None, None, []) == Recipe.preset("best")
 
     def test_options_win_over_settings_and_these_over_the_file(self, tmp_path: Path) -> None:
         (tmp_path / "r.toml").write_text(
@@ -564,19 +564,19 @@ class TestReadRecipe:
         assert recipe == Recipe.preset("brecq", seed=1, weight_bits=5, steps=6)
 
     def test_layers_are_left_float_by_settings_and_options_alike(self, tmp_path: Path) -> None:
-        expected = Recipe.preset("qdrop", leave_float=["a", "type:Conv2d"])
+        expected = Recipe.preset("best", leave_float=["a", "type:Conv2d"])
         assert read_recipe(None, None, ['leave_float=["a", "type:Conv2d"]']) == expected
         assert read_recipe(None, None, [], leave_float=["a", "type:Conv2d"]) == expected
-        assert read_recipe(None, None, ["leave_float=a"]) == Recipe.preset("qdrop", leave_float="a")
+        assert read_recipe(None, None, ["leave_float=a"]) == Recipe.preset("best", leave_float="a")
         (tmp_path / "r.toml").write_text(expected.to_toml())
         assert read_recipe(tmp_path / "r.toml", None, []) == expected
 
     def test_a_backend_brings_its_settings_also_to_a_file_with_every_setting(self, tmp_path: Path) -> None:
-        expected = Recipe.preset("qdrop", backend="onnxruntime")
+        expected = Recipe.preset("best", backend="onnxruntime")
         assert expected.weights.symmetric
         assert read_recipe(None, None, [], backend="onnxruntime") == expected
         assert read_recipe(None, None, ["backend=onnxruntime"]) == expected
-        (tmp_path / "r.toml").write_text(Recipe.preset("qdrop").to_toml())
+        (tmp_path / "r.toml").write_text(Recipe.preset("best").to_toml())
         assert read_recipe(tmp_path / "r.toml", None, [], backend="onnxruntime") == expected
         with pytest.raises(RecipeError, match=r"weights.bits is 4, and backend 'tensorrt' demands 8"):
             read_recipe(None, None, [], backend="tensorrt", weight_bits=4)
@@ -598,7 +598,7 @@ class TestReadRecipe:
         settings += ["granularity=scheme", 'granularity.scheme=[["a", "b"]]', 'layers=[{pattern="fc", weight_bits=8}]']
         recipe = read_recipe(None, None, [*settings, "activations.bits=float"])
         assert recipe == Recipe.preset(
-            "qdrop",
+            "best",
             weight_range="minmax",
             activation_range="percentile",
             guard=False,

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from quiesce.errors import ClusterError, DataError, ModelError, QuiesceError, RecipeError, nearest_name
 from quiesce.export.export import EXPORT_OPTIONS
-from quiesce.recipe import BACKENDS, GRANULARITIES, PRESETS, Recipe
+from quiesce.recipe import BACKENDS, DEFAULT_PRESET, GRANULARITIES, PRESETS, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ Json = Annotated[Path | None, _option("Write the numbers there.", "FILE", "--jso
 
 RecipeFile = Annotated[Path | None, _option("Settings from TOML; options beside it win.", "FILE", panel=_RECIPE)]
 Preset = Annotated[
-    str | None, _option(f"Start from {', '.join(PRESETS)}.", "NAME", panel=_RECIPE, show_default="qdrop")
+    str | None, _option(f"Start from {', '.join(PRESETS)}.", "NAME", panel=_RECIPE, show_default=DEFAULT_PRESET)
 ]
 WeightBits = Annotated[int | None, _option("Bits of weights, 2-8.", "N", panel=_RECIPE, show_default="4")]
 ActivationBits = Annotated[str | None, _option("Bits of activations, 2-8.", "N|float", panel=_RECIPE, show_default="4")]
@@ -670,7 +670,7 @@ def read_recipe(file: Path | None, preset: str | None, settings: list[str], **op
     """
     if file is not None and preset is not None:
         raise RecipeError("--recipe and --preset both say where to start; give one (a file may name a preset itself).")
-    base = Recipe.from_toml(file) if file is not None else Recipe.preset(preset or "qdrop")
+    base = Recipe.from_toml(file) if file is not None else Recipe.preset(preset or DEFAULT_PRESET)
     given = {key: value for key, value in options.items() if value is not None}
     if "activation_bits" in given:
         given["activation_bits"] = _bits(given["activation_bits"])

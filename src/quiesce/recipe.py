@@ -191,7 +191,7 @@ class GranularityRecipe:
     guard: bool = True
     """Check each merge on held-out calibration images and take it back when it does not help."""
     holdout: float = 0.125
-    """Share of the calibration images that the guard holds out."""
+    """Share of the calibration images that the guard holds out while merges are decided."""
     steps_per_module: bool = True
     """Give a merged unit the steps of all its modules; False gives it those of one unit."""
     warm_start: bool = True
@@ -555,3 +555,5 @@ PRESETS: dict[str, Recipe] = {
 """Presets by name. ``brecq`` is BRECQ as MRECG configures it: plain squared error, no drop, rounding and activation
 step sizes learned together. ``best`` is what measured best beside it (docs/results.md). The ``-fast`` ones take 500
 steps a unit instead of 20,000."""
+DEFAULT_PRESET = "best"
+"""Where the command line and sweeps start when they are not told."""

@@ -237,9 +237,11 @@ class TestMeasuring:
             (t.merged_error, t.unmerged_error) for t in by_hand.trials
         ]
 
-    def test_one_full_pass_from_the_calibrated_state_follows(self, chain: Prepared) -> None:
+    def test_one_full_pass_on_all_images_from_the_calibrated_state_follows(self, chain: Prepared) -> None:
         outcome, chosen = self.made(chain, granularity="scheme", scheme=MERGE)
-        alone = module_pass(job(chain, chosen), outcome.kept.groups, Progress())
+        work = job(chain, chosen)
+        assert work.images < work.all_images == len(chain.samples)
+        alone = module_pass(replace(work, images=work.all_images), outcome.kept.groups, Progress())
         assert same_state(outcome.kept.state, alone.state) and outcome.kept.losses == alone.losses
         assert not any(r.reused for r in outcome.kept.records) and outcome.reused_seconds == 0
         assert outcome.seconds >= outcome.measuring_seconds > 0 and outcome.block_seconds == 0

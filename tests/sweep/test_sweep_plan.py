@@ -56,7 +56,7 @@ class TestGrid:
         recipes = []
         for values in itertools.product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
-            preset = settings.pop("preset", "qdrop")
+            preset = settings.pop("preset", "best")
             if "bits" in settings:
                 weights, activations = settings.pop("bits").split("/")
                 settings |= {"weight_bits": int(weights)}
@@ -99,7 +99,7 @@ class TestGrid:
         recipe += '[[recipe.layers]]\npattern = "head"\nweight_bits = 8'
         (cell,) = sweep_of(tmp_path, recipe).cells
         assert cell.recipe == Recipe.preset(
-            "qdrop", steps=7, weight_symmetric=True, layers=[{"pattern": "head", "weight_bits": 8}]
+            "best", steps=7, weight_symmetric=True, layers=[{"pattern": "head", "weight_bits": 8}]
         )
 
     def test_networks_take_turns(self, tmp_path: Path) -> None:

@@ -107,8 +107,9 @@ def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: 
     """Reconstruct at the granularity of ``recipe``, on top of ``block``, a block pass of the same job, if there is one.
 
     When the scores or the guard need a block pass and there is none, a short one is made, merges are chosen and tried
-    by passes as short (``recipe.measuring``), and what came of it is reconstructed from the calibrated state, once. The
-    network is left in the state of the outcome's ``kept`` pass.
+    by passes as short (``recipe.measuring``), and what came of it is reconstructed from the calibrated state, once, on
+    all images: there is nothing left to decide, so none is held out. The network is left in the state of the outcome's
+    ``kept`` pass.
     """
     began = job.clock()
     short = measuring_job(job, recipe.measuring)
@@ -120,7 +121,7 @@ def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: 
     progress.later, measured = 0, job.clock()
     return replace(
         decided,
-        kept=module_pass(job, decided.kept.groups, progress),
+        kept=module_pass(replace(job, images=job.all_images), decided.kept.groups, progress),
         block=None,
         seconds=job.clock() - began,
         block_seconds=0.0,

@@ -57,6 +57,11 @@ class Job:
         return time.perf_counter() + (0.0 if self.journal is None else self.journal.seconds)
 
     @property
+    def all_images(self) -> int:
+        """Images to optimize on where none is held out."""
+        return len(next(iter(self.inputs.values())))
+
+    @property
     def sizes(self) -> Sizes:
         return Sizes.of(self.recipe, self.together)
 

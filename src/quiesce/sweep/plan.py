@@ -17,7 +17,7 @@ from quiesce.errors import DataError, ModelError, RecipeError, nearest_name
 from quiesce.files import flat
 from quiesce.models import RANDOM
 from quiesce.preprocess import OPTIONS
-from quiesce.recipe import Recipe, build, check_kinds, locate
+from quiesce.recipe import DEFAULT_PRESET, Recipe, build, check_kinds, locate
 
 SECTIONS = ("data", "network", "grid", "recipe", "ray")
 DATA_KEYS = ("calibration", "evaluate", "images", "evaluate_images")
@@ -289,7 +289,7 @@ def _points(common: dict[str, Any], grid: dict[str, list[Any]]) -> Iterator[dict
 
 def _recipe(point: dict[str, Any]) -> Recipe:
     settings = dict(point)
-    preset = settings.pop("preset", "qdrop")
+    preset = settings.pop("preset", DEFAULT_PRESET)
     try:
         if "bits" in settings:
             settings |= _bits(settings.pop("bits"))
