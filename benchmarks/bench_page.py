@@ -24,12 +24,15 @@ from quiesce.outputs import write_bytes, write_text
 from quiesce.sweep.plan import Cell, Sweep
 
 DOCS = Path(__file__).parents[1] / "docs"
+README = DOCS.parent / "README.md"
 PAGE, IMAGES = DOCS / "results.md", DOCS / "images"
 WEIGHTS = Path(__file__).parent / "weights"
 LISTED = ("rates", "regularizer", "candidates")
 """Tables with a line for each combination of settings."""
 BASES = ("brecq-fast", "qdrop-fast")
 BEST = ("best-fast", "loss-descent")
+EVIDENCE = ("emoji_mobilenetv2_050", "emoji_resnet18")
+"""Tables of the README's table."""
 BASE_OF_BEST = ("qdrop-fast", "block")
 MERGED = ("modcap", "loss", "loss-descent", "scheme")
 WIDTH = 120
@@ -42,19 +45,21 @@ Key = tuple[str, str, str | None]
 
 
 def write_page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> None:
-    """Write the figures, and the generated parts of the page."""
+    """Write the figures, and the generated parts of the page and of the README."""
     for name in tables:
         if name == "convergence":
             draw(f"{name}.svg", lambda figure, own=rows[name]: draw_convergence(figure, own))
         elif name not in LISTED:
             draw(f"losses-{name}.svg", lambda figure, own=rows[name]: draw_losses(figure, own, "W2A4"))
     write_text(PAGE, page(rows, tables))
+    write_text(README, readme(rows))
 
 
 def check_page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> None:
-    """Check that the page shows these results."""
-    if page(rows, tables) != PAGE.read_text(encoding="utf-8"):
-        raise SystemExit(f"{PAGE.name} shows other results; run `python benchmarks/bench.py page`.")
+    """Check that the page and the README show these results."""
+    for path, text in ((PAGE, page(rows, tables)), (README, readme(rows))):
+        if text != path.read_text(encoding="utf-8"):
+            raise SystemExit(f"{path.name} shows other results; run `python benchmarks/bench.py page`.")
 
 
 def page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> str:
@@ -71,12 +76,35 @@ def page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> str:
     return text
 
 
+def readme(rows: Mapping[str, Sequence[Row]]) -> str:
+    """Return the README with its table made anew."""
+    return replaced(README.read_text(encoding="utf-8"), "evidence", evidence_table(rows))
+
+
+def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
+    """Return top-1 of the methods in their usual granularity, by network and bits; columns without a result are left
+    out."""
+    methods: dict[str, str | None] = {"nearest": None, "adaround-fast": "layer", **dict.fromkeys(BASES, "block")}
+    columns = [
+        (own[0]["cell"]["network"]["label"], bits, own[0]["float_top1"], by_method(own))
+        for own in (rows[table] for table in EVIDENCE)
+        for bits in ("W2A4", "W2A2")
+        if any((bits, *BEST) == key_of(row) for row in own)
+    ]
+    lines = [header(["", *[f"{label}, {bits}" for label, bits, _, _ in columns]], left=1)]
+    lines.append(line(["float", *[f"{float_top1:.2f}" for _, _, float_top1, _ in columns]]))
+    for preset, granularity in [*methods.items(), BEST]:
+        found = [list(top1(done.get((bits, preset, granularity), {})).values()) for _, bits, _, done in columns]
+        lines.append(line([f"`{preset}`", *map(spread, found)]))
+    return "\n".join(lines)
+
+
 def replaced(text: str, name: str, part: str) -> str:
     """Return ``text`` with what stands between the comments of ``name`` replaced by ``part``."""
     begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
-        raise SystemExit(f"{PAGE.name} has no place for {name!r}; give it {begin.strip()} and {end.strip()}.")
+        raise SystemExit(f"the page has no place for {name!r}; give it {begin.strip()} and {end.strip()}.")
     return pattern.sub(lambda _: begin + part + end, text)
 
 

@@ -1,4 +1,4 @@
-"""Put the demo's table into README.md and its figure into docs/images: python docs/refresh_demo.py [runs/demo]"""
+"""Put the demo's table into docs/results.md and its figure into docs/images: python docs/refresh_demo.py [runs/demo]"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEAD = (
 
 
 def table(result: Result) -> str:
-    """Return the README's table: the float network, one row a run, one an exported file."""
+    """Return the page's table: the float network, one row a run, one an exported file."""
     rows = [f"| float | | {result.float['top1']:.2f} | | | | |"]
     kept = result.run
     files = [
@@ -34,10 +34,10 @@ def row(run: Run) -> str:
 
 def main(folder: Path) -> None:
     result = Result.read(folder / "result.json")
-    readme = ROOT / "README.md"
+    page = ROOT / "docs/results.md"
     marked = re.compile(r"(<!-- demo table -->\n).*?(<!-- end of demo table -->)", re.DOTALL)
-    text = marked.sub(lambda m: f"{m[1]}{table(result)}\n{m[2]}", readme.read_text(encoding="utf-8"))
-    readme.write_text(text, encoding="utf-8")
+    text = marked.sub(lambda m: f"{m[1]}{table(result)}\n{m[2]}", page.read_text(encoding="utf-8"))
+    page.write_text(text, encoding="utf-8")
     reconstructed = [run for run in result.runs if run.granularity is not None]  # nearest is off the scale
     # A page shows the figure in the colour of its text; alone, on dark pages too, it needs a ground of its own.
     figure = loss_over_modules(reconstructed, relative=False).replace('style="', 'style="background: white; ', 1)
