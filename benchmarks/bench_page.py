@@ -29,6 +29,8 @@ PAGE, IMAGES = DOCS / "results.md", DOCS / "images"
 WEIGHTS = Path(__file__).parent / "weights"
 LISTED = ("rates", "regularizer", "candidates")
 """Tables with a line for each combination of settings."""
+FOLLOWING = "reconstruction.weight_step_size_lr"
+"""Not listed: it goes with the rounding."""
 BASES = ("brecq-fast", "qdrop-fast")
 BEST = ("best-fast", "loss-descent")
 EVIDENCE = ("emoji_mobilenetv2_050", "emoji_resnet18")
@@ -237,12 +239,12 @@ def differs(mean: float, error: float) -> bool:
 
 def list_table(rows: Sequence[Row], sweep: Sweep) -> str:
     """Return top-1 and SQNR of each combination of settings that has been run."""
-    keys = {key for row in rows for key in row["cell"]["settings"]}
+    keys = {key for row in rows for key in row["cell"]["settings"]} - {FOLLOWING}
     varied = {key for key in keys if len({str(row["cell"]["settings"].get(key)) for row in rows}) > 1}
     found: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         cell = row["cell"]
-        kept = [f"{key.rpartition('.')[2]} = {value}" for key, value in cell["settings"].items() if key in varied]
+        kept = [f"{key.rpartition('.')[2]}={value}" for key, value in cell["settings"].items() if key in varied]
         place = (cell["network"]["label"], cell["bits"], ", ".join([f"`{cell['preset']}`", *kept]))
         found.setdefault(place, []).append(row)
     several = len({network for network, _, _ in found}) > 1
