@@ -32,7 +32,8 @@ LISTED = ("rates", "regularizer", "candidates")
 FOLLOWING = "reconstruction.weight_step_size_lr"
 """Not listed: it goes with the rounding."""
 BASES = ("brecq-fast", "qdrop-fast")
-BEST = ("best-fast", "loss-descent")
+BEST = ("brecq-fast", "loss-descent")
+"""What the preset ``best-fast`` is."""
 EVIDENCE = ("emoji_mobilenetv2_050", "emoji_resnet18")
 """Tables of the README's table."""
 BASE_OF_BEST = ("qdrop-fast", "block")
@@ -97,7 +98,8 @@ def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
     lines.append(line(["float", *[f"{float_top1:.2f}" for _, _, float_top1, _ in columns]]))
     for preset, granularity in [*methods.items(), BEST]:
         found = [list(top1(done.get((bits, preset, granularity), {})).values()) for _, bits, _, done in columns]
-        lines.append(line([f"`{preset}`", *map(spread, found)]))
+        name = "best-fast" if (preset, granularity) == BEST else preset
+        lines.append(line([f"`{name}`", *map(spread, found)]))
     return "\n".join(lines)
 
 
@@ -142,7 +144,7 @@ def by_method(rows: Sequence[Row]) -> dict[Key, dict[int, Row]]:
 
 def key_of(row: Row) -> Key:
     cell = row["cell"]
-    usual = {"nearest": None, "adaround-fast": "layer", "best-fast": "loss-descent"}
+    usual = {"nearest": None, "adaround-fast": "layer"}
     return cell["bits"], cell["preset"], cell["settings"].get("granularity.method", usual.get(cell["preset"], "block"))
 
 
@@ -187,7 +189,7 @@ def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
 
 def method_order(method: tuple[str, str | None]) -> tuple[int, int]:
     preset, granularity = method
-    presets = ["nearest", "adaround-fast", *BASES, BEST[0]]
+    presets = ["nearest", "adaround-fast", *BASES]
     granularities = [None, "layer", "block", *MERGED]
     return presets.index(preset), granularities.index(granularity)
 
@@ -198,15 +200,13 @@ def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
     methods = sorted({key_of_cell(cell)[1:] for cell in sweep.cells}, key=method_order)
     lines = [header(["Base", "With", *columns], left=2)]
-    for preset, granularity in methods:
-        if granularity not in MERGED:
-            continue
-        name, plain = BASE_OF_BEST if (preset, granularity) == BEST else (preset, "block")
+    merged = [(preset, "block", (preset, granularity)) for preset, granularity in methods if granularity in MERGED]
+    for preset, plain, other in [*merged, (*BASE_OF_BEST, BEST)]:
         shown = []
         for bits in columns:
-            base, merged = (top1(done.get((bits, *method), {})) for method in ((name, plain), (preset, granularity)))
-            shown.append(gain(base, merged, rows[0]["float_top1"] if rows else math.nan))
-        lines.append(line([f"`{name}`", "`best-fast`" if preset == BEST[0] else granularity, *shown]))
+            base, better = (top1(done.get((bits, *method), {})) for method in ((preset, plain), other))
+            shown.append(gain(base, better, rows[0]["float_top1"] if rows else math.nan))
+        lines.append(line([f"`{preset}`", other[1] if other[0] == preset else "`best-fast`", *shown]))
     return "\n".join(lines)
 
 

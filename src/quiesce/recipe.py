@@ -538,7 +538,7 @@ _BRECQ = Recipe()
 _QDROP = Recipe(reconstruction=ReconstructionRecipe(drop_prob=0.5))
 _BEST = Recipe(
     granularity=GranularityRecipe(method="loss-descent"),
-    reconstruction=ReconstructionRecipe(rounding="joint", relative_regularizer=_DECISIVE),
+    reconstruction=ReconstructionRecipe(relative_regularizer=_DECISIVE),
 )
 
 PRESETS: dict[str, Recipe] = {
