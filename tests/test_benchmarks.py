@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,6 +16,8 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+
+from quiesce.recipe import Recipe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TABLES = [p.stem for p in BENCHMARKS.glob("*.toml")]
@@ -48,6 +51,18 @@ class TestPage:
         values = [row["measured"]["top1"] for row in chosen]
         assert len(values) == 3
         assert f"| `nearest` | – | {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} |" in page
+
+    def test_the_readme_shows_best_which_is_brecq_merged_by_loss_descent(self) -> None:
+        best, merged = Recipe.preset("best-fast"), Recipe.preset("brecq-fast", granularity="loss-descent")
+        assert dataclasses.replace(best, name="") == dataclasses.replace(merged, name="")
+        own = [r["cell"] | r["measured"] for r in rows("emoji_mobilenetv2_050") if r["cell"]["bits"] == "W2A4"]
+        chosen = [
+            r["top1"]
+            for r in own
+            if r["preset"] == "brecq-fast" and r["settings"].get("granularity.method") == "loss-descent"
+        ]
+        readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
+        assert f"| `best-fast` | {statistics.fmean(chosen):.2f} ± {statistics.stdev(chosen):.2f} |" in readme
 
     def test_a_page_without_places_for_the_parts_is_refused(self, load: Any) -> None:
         page = load("bench_page")
