@@ -74,7 +74,8 @@ def test_every_preset_runs_and_measures_every_module(preset: str) -> None:
     assert list(made.module_losses) == ["stem", "blocks.0", "blocks.1", "head"]
     assert made.top1 is None
     assert made.agreement is not None
-    assert made.granularity == (None if preset == "nearest" else "layer" if preset.startswith("ada") else "block")
+    usual = {"nearest": None, "adaround": "layer", "best": "loss-descent"}
+    assert made.granularity == usual.get(preset.removesuffix("-fast"), "block")
     assert network(X).shape == (24, 10)
 
 
