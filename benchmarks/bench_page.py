@@ -34,9 +34,9 @@ FOLLOWING = "reconstruction.weight_step_size_lr"
 BASES = ("brecq-fast", "qdrop-fast")
 BEST = ("brecq-fast", "loss-descent")
 """What the preset ``best-fast`` is."""
+BASE_OF_BEST = ("qdrop-fast", "block")
 EVIDENCE = ("emoji_mobilenetv2_050", "emoji_resnet18")
 """Tables of the README's table."""
-BASE_OF_BEST = ("qdrop-fast", "block")
 MERGED = ("modcap", "loss", "loss-descent", "scheme")
 WIDTH = 120
 LEAST_POINTS, STANDARD_ERRORS = 0.3, 2.0

@@ -552,7 +552,7 @@ class TestMixed:
 
 
 class TestReadRecipe:
-    def test_qdrop_unless_told(self) -> None:
+    def test_best_unless_told(self) -> None:
         assert read_recipe(None, None, []) == Recipe.preset("best")
 
     def test_options_win_over_settings_and_these_over_the_file(self, tmp_path: Path) -> None:

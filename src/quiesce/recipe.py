@@ -527,8 +527,15 @@ def _fast(recipe: Recipe) -> Recipe:
     """A fortieth of the steps at forty times the rates, so that each variable can still travel as far as it needs, and
     a λ that decides roundings in these steps."""
     assert recipe.reconstruction is not None
-    part = replace(recipe.reconstruction, steps=500, rounding_lr=4e-2, step_size_lr=1.6e-3, weight_step_size_lr=4e-3)
-    return replace(recipe, reconstruction=replace(part, relative_regularizer=_DECISIVE))
+    part = replace(
+        recipe.reconstruction,
+        steps=500,
+        rounding_lr=4e-2,
+        step_size_lr=1.6e-3,
+        weight_step_size_lr=4e-3,
+        relative_regularizer=_DECISIVE,
+    )
+    return replace(recipe, reconstruction=part)
 
 
 _ADAROUND = Recipe(

@@ -19,7 +19,15 @@ from torch import Tensor, fx, nn
 
 from quiesce.errors import ModelError
 from quiesce.quant.draws import Draws
-from quiesce.quant.fake_quantize import ActivationFakeQuantize, Drop, WeightFakeQuantize, fake_quantizers
+from quiesce.quant.fake_quantize import (
+    ActivationFakeQuantize,
+    Drop,
+    WeightFakeQuantize,
+    fake_quantizers,
+    float_mode,
+    restore,
+    snapshot,
+)
 from quiesce.quant.kernels import NO_CLIP
 from quiesce.quant.rounding.rounding import Rounding
 from quiesce.recipe import ReconstructionRecipe
@@ -70,8 +78,8 @@ def optimize(
         ModelError: the loss is not finite, however small the learning rates; the unit is hardened as it was before.
     """
     if regularizer_weight is None:
-        error = error_per_weight(problem, recipe.batch_size, micro_batch)
-        regularizer_weight = (recipe.relative_regularizer or 0.0) * error
+        assert recipe.relative_regularizer is not None
+        regularizer_weight = recipe.relative_regularizer * error_per_weight(problem, recipe.batch_size, micro_batch)
     draws = Draws(seed, problem.device, fused=fused)
     drop = Drop(recipe.drop_prob, draws) if recipe.drop_prob > 0 else None
     clips: dict[str, Clip] = {}
@@ -99,23 +107,21 @@ def error_per_weight(problem: Problem, images: int, at_a_time: int | None = None
     number = sum(q.quantized.numel() for q in weights.values())
     if number == 0:
         return 0.0
-    held = {name: q.quantized.clone() for name, q in weights.items()}
+    before = snapshot(problem.module)
     for node in problem.module.graph.nodes:
         if node.op == "call_module" and str(node.target) in weights:
             weights[str(node.target)].round_to_nearest(getattr(problem.module, str(node.args[0].target)))
+    chosen = torch.arange(min(images, problem.images))
+    total = torch.zeros((), dtype=problem.targets[0].dtype, device=problem.device)
     try:
-        for quantizer in quantizers.values():
-            quantizer.enabled = isinstance(quantizer, WeightFakeQuantize)
-        chosen = torch.arange(min(images, problem.images))
-        total = torch.zeros((), dtype=problem.targets[0].dtype, device=problem.device)
-        for part in torch.split(chosen, at_a_time or len(chosen)):
-            batch = Batch.of(problem, part)
-            total += _loss(problem.module(*batch.float_inputs), batch) * (len(part) / len(chosen))
+        with float_mode(problem.module):
+            for quantizer in weights.values():
+                quantizer.enabled = True
+            for part in torch.split(chosen, at_a_time or len(chosen)):
+                batch = Batch.of(problem, part)
+                total += _loss(problem.module(*batch.float_inputs), batch) * (len(part) / len(chosen))
     finally:
-        for quantizer in quantizers.values():
-            quantizer.enabled = True
-        for name, integers in held.items():
-            weights[name].quantized.copy_(integers)
+        restore(problem.module, before)
     problem.processes.mean_([total])
     return float(total) / number
 
