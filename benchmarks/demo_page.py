@@ -1,15 +1,15 @@
-"""Put the demo's table into docs/results.md and its figure into docs/images: python docs/refresh_demo.py [runs/demo]"""
+"""Put the demo's table and figure into docs/results.md: ``python benchmarks/demo_page.py [runs/demo]``"""
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
+from bench_page import IMAGES, PAGE, replaced
+from quiesce.outputs import write_text
 from quiesce.report.plots import loss_over_modules
 from quiesce.result import Result, Run
 
-ROOT = Path(__file__).parents[1]
 HEAD = (
     "| Method | Granularity | Top-1 % | Peak loss | Oscillation | Units | Seconds |",
     "|---|---|--:|--:|--:|--:|--:|",
@@ -34,14 +34,11 @@ def row(run: Run) -> str:
 
 def main(folder: Path) -> None:
     result = Result.read(folder / "result.json")
-    page = ROOT / "docs/results.md"
-    marked = re.compile(r"(<!-- demo table -->\n).*?(<!-- end of demo table -->)", re.DOTALL)
-    text = marked.sub(lambda m: f"{m[1]}{table(result)}\n{m[2]}", page.read_text(encoding="utf-8"))
-    page.write_text(text, encoding="utf-8")
+    write_text(PAGE, replaced(PAGE.read_text(encoding="utf-8"), "demo table", table(result)))
     reconstructed = [run for run in result.runs if run.granularity is not None]  # nearest is off the scale
     # A page shows the figure in the colour of its text; alone, on dark pages too, it needs a ground of its own.
     figure = loss_over_modules(reconstructed, relative=False).replace('style="', 'style="background: white; ', 1)
-    (ROOT / "docs/images/loss-over-modules.svg").write_text(figure, encoding="utf-8")
+    write_text(IMAGES / "loss-over-modules.svg", figure)
 
 
 if __name__ == "__main__":
