@@ -226,7 +226,7 @@ class Comparison:
 class _WarmWalk(_GroupWalk):
     def take(self, group: list[int]) -> None:
         assert self.previous is not None
-        unit = self._unit(group)
+        unit = self.unit(group)
         restore(extract(self.job.network.gm, self.job.network.nodes, unit.start, unit.stop), self.previous.state)
         self._keep(group, self.optimize(unit, self._names(group), self._steps(group), True, self.progress))
 

@@ -105,7 +105,7 @@ def steps(name: str, processes: Processes, count: int, images: int, size: int) -
     for unit in job.modules:
         problem, learning = walk._problem(unit), job.reconstruction
         drop = Drop(learning.drop_prob, Draws(0, problem.device))
-        learned = Learned.attach(problem.module, learning, False, drop)
+        learned = Learned.attach(problem.module, learning, (), drop)
         step = Step(problem, learning, learned, drop, 0.01, count, Batches(problem))
         order = _batch_order(problem, count, learning.batch_size, 0)
         step.take(0, order[0])

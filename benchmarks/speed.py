@@ -184,7 +184,7 @@ def time_steps(variant: str, problem: Problem, recipe: Recipe, weight: float) ->
             recipe.reconstruction,
             steps=steps,
             regularizer_weight=weight,
-            warm=False,
+            warm=(),
             seed=recipe.seed,
             on_step=lambda: stamps.append(time.perf_counter()),
             fused=variant == "fused",
@@ -214,7 +214,7 @@ def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) 
         problem = walk._problem(unit)
         drop = Drop(settings.drop_prob, Draws(recipe.seed, problem.device)) if settings.drop_prob else None
         loop = PlainLoop(problem, settings, settings.steps, weight, drop)
-        learned = Learned.attach(problem.module, settings, False, drop)
+        learned = Learned.attach(problem.module, settings, (), drop)
         step, differences = Step(problem, settings, learned, drop, weight, settings.steps, Batches(problem)), []
         for number, batch in enumerate(_batch_order(problem, CHECKED_STEPS, settings.batch_size, recipe.seed)):
             ours = step.take(number, batch).item()  # leaves the draws at this step

@@ -74,7 +74,7 @@ def steps(given: Problem, local: Recipe) -> dict[str, Tensor]:
     make = optimizing._batch_order if given.processes.size > 1 else orders
     order = make(given, STEPS, learning.batch_size, SEED)
     drop = Drop(learning.drop_prob, Draws(SEED, given.device))
-    learned = Learned.attach(given.module, learning, False, drop)
+    learned = Learned.attach(given.module, learning, (), drop)
     step = Step(given, learning, learned, drop, 0.01, STEPS, Batches(given))
     losses, gradients = [], []
     for number in range(STEPS):
@@ -163,7 +163,7 @@ def not_finite(given: Problem, local: Recipe) -> str:
         given = replace(given, targets=[torch.full_like(t[: len(t)], math.nan) for t in given.targets])
     learning = local.reconstruction
     assert learning is not None
-    settings: Found = {"steps": 4, "regularizer_weight": 0.01, "warm": False, "seed": 0, "on_step": lambda: None}
+    settings: Found = {"steps": 4, "regularizer_weight": 0.01, "warm": (), "seed": 0, "on_step": lambda: None}
     return said(lambda: optimize(given, learning, **settings))
 
 

@@ -39,7 +39,7 @@ from quiesce.graph.place import (
     never_quantized_layers,
 )
 from quiesce.graph.rewrite import device_of, follow_tensors
-from quiesce.graph.unit import Unit, boundary
+from quiesce.graph.unit import Unit, boundary, reach
 from quiesce.memory import SPARE, Memory, Peak, Rows, Stored, free_memory, parse_bytes
 from quiesce.oscillation.capacity import modcap
 from quiesce.oscillation.measure import ModuleLoss, summarize
@@ -450,7 +450,7 @@ def _reconstruct(
     runs = [_report_outcome(prepared, recipe, outcome)]
     if block is None and outcome.block is not None:
         restore(prepared.graph, outcome.block.state)
-        plain = recipe.with_settings(granularity="block", scheme=None)
+        plain = recipe.with_settings(granularity="block", scheme=None, overlap=0)
         runs.insert(0, _report(prepared, plain, outcome.block, outcome.block.seconds))
         restore(prepared.graph, outcome.kept.state)
     return runs, outcome.kept
@@ -737,6 +737,7 @@ def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fused
         fisher=fisher,
         kernels=chosen,
         first=processes.place(len(prepared.samples))[0],
+        overlap=_overlap(recipe),
     )
 
 
@@ -799,7 +800,12 @@ def _check_memory(
 ) -> None:
     """Raise what a walk over the modules would raise for lack of memory, before anything slow is done."""
     network = Network(graph, _memory(graph, device, budget, recipe, processes))
-    reserve(network.memory, [Needs.of(network, module) for module in modules], Sizes.of(recipe, together))
+    needs = [Needs.of(network, reach(module, modules, _overlap(recipe))) for module in modules]
+    reserve(network.memory, needs, Sizes.of(recipe, together))
+
+
+def _overlap(recipe: Recipe) -> int:
+    return 0 if recipe.granularity is None else recipe.granularity.overlap
 
 
 def _bytes(memory: int | str | None) -> int | None:

@@ -196,6 +196,9 @@ class GranularityRecipe:
     """Give a merged unit the steps of all its modules; False gives it those of one unit."""
     warm_start: bool = True
     """Start a merged unit from the rounding and step sizes of the block pass, where there is one."""
+    overlap: int = 0
+    """Modules behind each unit that are optimized along with it, and then again in units of their own. Merges are
+    decided without."""
     measuring: float = 0.1
     """Share of the steps, but at least 20, that passes get which only decide what is merged; 1 decides by full ones."""
 
@@ -208,6 +211,11 @@ class GranularityRecipe:
         _check(self.max_modules >= 1, f"granularity.max_modules is {self.max_modules}; give 1 or more.")
         _check(0 <= self.tolerance < 1, f"granularity.tolerance is {self.tolerance}; give a value in [0, 1).")
         _check(0 < self.holdout < 0.9, f"granularity.holdout is {self.holdout}; give a share in (0, 0.9).")
+        _check(self.overlap >= 0, f"granularity.overlap is {self.overlap}; give 0 or more.")
+        _check(
+            self.overlap == 0 or self.method != "layer",
+            f"granularity.overlap is {self.overlap}, a number of modules; method 'layer' has none, so leave it out.",
+        )
         _check(0 < self.measuring <= 1, f"granularity.measuring is {self.measuring}; give a share in (0, 1].")
         needs = self.method == "scheme"
         _check(needs == (self.scheme is not None), "granularity.scheme goes with method 'scheme', and only with it.")

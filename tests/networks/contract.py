@@ -203,7 +203,7 @@ def check_loss(problem: Problem, prepared: Prepared, settings: Recipe, unit: Uni
             chosen,
             steps=LONG_STEPS,
             regularizer_weight=regularizer_weight(prepared.graph, settings.with_settings(**rates)),
-            warm=False,
+            warm=(),
             seed=0,
             on_step=lambda: None,
         )
@@ -239,7 +239,7 @@ def check_gradients(problem: Problem, prepared: Prepared, settings: Recipe, entr
     assert settings.reconstruction is not None
     state = snapshot(problem.module)
     drop = Drop(settings.reconstruction.drop_prob, Draws(0, problem.device))
-    learned = Learned.attach(problem.module, settings.reconstruction, False, drop)
+    learned = Learned.attach(problem.module, settings.reconstruction, (), drop)
     names = {id(q): n for n, q in fake_quantizers(prepared.graph).items()}
     try:
         step = Step(problem, settings.reconstruction, learned, drop, 0.0, 1)

@@ -62,7 +62,7 @@ def gradients(problem: Problem, settings: Recipe, micro_batch: int) -> tuple[Ten
     assert settings.reconstruction is not None
     before = snapshot(problem.module)
     drop = module.Drop(0.5, module.Draws(3, CPU))
-    learned = module.Learned.attach(problem.module, settings.reconstruction, False, drop)
+    learned = module.Learned.attach(problem.module, settings.reconstruction, (), drop)
     for variable in learned.variables():
         variable.register_hook(lambda g: g)
     with Batches(problem) as batches:

@@ -73,9 +73,11 @@ def check_same(found: tuple[list[Run], Pass], whole: tuple[list[Run], Pass]) -> 
     assert comparable(found[0]) == comparable(whole[0])
 
 
-@pytest.mark.parametrize("method", ["layer", "block", "loss", "loss-descent"])
-def test_an_interrupted_run_goes_on_to_the_same_end(chain: Prepared, tmp_path: Path, method: str) -> None:
-    chosen = recipe(granularity=method)
+@pytest.mark.parametrize(
+    ("method", "overlap"), [("layer", 0), ("block", 0), ("block", 2), ("loss", 0), ("loss-descent", 0)]
+)
+def test_an_interrupted_run_goes_on_to_the_same_end(chain: Prepared, tmp_path: Path, method: str, overlap: int) -> None:
+    chosen = recipe(granularity=method, overlap=overlap)
     expected = run(chain, chosen)
     interrupted(chain, tmp_path / "p", 2, chosen)
     interrupted(chain, tmp_path / "p", 5, chosen)

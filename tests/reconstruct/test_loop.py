@@ -10,9 +10,11 @@ from quiesce.graph.partition import partition
 from quiesce.pipeline import Prepared, prepare, run
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import fake_quantizers, restore
+from quiesce.reconstruct.batches import Problem
 from quiesce.reconstruct.granular import block_pass
 from quiesce.reconstruct.guard import Guard
-from quiesce.reconstruct.loop import layer_pass, measure_pass, module_pass
+from quiesce.reconstruct.loop import _Walk, layer_pass, measure_pass, module_pass
+from quiesce.reconstruct.optimize import optimize
 from quiesce.reconstruct.streams import Network
 from quiesce.result import Run
 from tiny import Chain, absolute, images, job, recipe, same_state, without_times
@@ -88,7 +90,7 @@ def pairs(modules: int) -> list[list[int]]:
     return [[i, i + 1] for i in range(0, modules, 2)]
 
 
-@pytest.mark.parametrize("kind", ["measure", "block", "layer", "pairs", "pairs on top of block"])
+@pytest.mark.parametrize("kind", ["measure", "block", "layer", "pairs", "pairs on top of block", "overlapping pairs"])
 def test_executed_nodes_grow_linearly_with_depth(chains: dict[int, Prepared], kind: str) -> None:
     """Twice the added blocks cost twice the added executions: nothing is ever run again from the start."""
     executed = {}
@@ -104,6 +106,7 @@ def test_executed_nodes_grow_linearly_with_depth(chains: dict[int, Prepared], ki
             layer_pass(work, partition(prepared.graph, "layer"), Progress())
         else:
             previous = block_pass(work, Progress()) if "top" in kind else None
+            work = replace(work, overlap=1 if "overlapping" in kind else 0)
             module_pass(work, pairs(modules), Progress(), previous)
         executed[depth] = work.network.executions
     assert executed[16] - executed[8] == 2 * (executed[8] - executed[4]) > 0
@@ -331,6 +334,71 @@ def test_a_quantized_run_learns_from_the_quantized_stream(chain: Prepared) -> No
     usual = block_pass(work, Progress())
     other = block_pass(replace(work, recipe=recipe(steps=20, seed=3)), Progress())
     assert absolute(usual.losses)[1] != absolute(other.losses)[1]
+
+
+class TestOverlap:
+    """Units that are optimized along with modules behind them."""
+
+    def test_what_is_optimized(self, chain: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each unit reaches over the module behind it, whose weights the next one starts from."""
+        units: list[str] = []
+        warm: list[set[str]] = []
+
+        def spied(problem: Problem, *args: object, **settings: object) -> object:
+            units.append(problem.name)
+            warm.append({name for name in settings["warm"] if "weight" in name})  # type: ignore[attr-defined]
+            return optimize(problem, *args, **settings)  # type: ignore[arg-type]
+
+        monkeypatch.setattr("quiesce.reconstruct.loop.optimize", spied)
+        made = module_pass(replace(job(chain, recipe()), overlap=1), [[0], [1, 2], [3], [4], [5]], Progress())
+        assert units == [
+            "stem + blocks.0",
+            "blocks.0 + blocks.1 + blocks.2",
+            "blocks.2 + blocks.3",
+            "blocks.3 + head",
+            "head",
+        ]
+        weights = [{n for n in _own(chain, range(i, i + 1)) if "weight" in n} for i in range(6)]
+        assert warm == [set(), weights[1], weights[3], weights[4], weights[5]]
+        assert [r.modules for r in made.records] == [["stem"], ["blocks.0", "blocks.1"], *([n] for n in NAMES[3:])]
+        assert [r.steps for r in made.records] == [4, 8, 4, 4, 4]
+
+    def test_it_ends_with_the_network(self, chain: Prepared) -> None:
+        made = module_pass(replace(job(chain, recipe()), overlap=50), [[i] for i in range(6)], Progress())
+        assert len(made.records) == len(made.losses) == 6
+
+    def test_what_was_learned_ahead_is_built_on(self, chain: Prepared) -> None:
+        """A unit whose own steps change nothing keeps what the unit before it learned."""
+        work = replace(job(chain, recipe(steps=20)), overlap=1)
+        walk = _Walk(work)
+        restore(chain.graph, work.initial)
+        first, second = work.modules[:2]
+        walk.optimize(first, ["stem"], 20, False, Progress())
+        ahead = {n: t.clone() for n, t in _state(chain).items() if n.partition(".")[0] in _own(chain, range(1, 2))}
+        assert any(not torch.equal(t, work.initial[n]) for n, t in ahead.items())
+        frozen = replace(work.reconstruction, rounding_lr=1e-9, step_size_lr=1e-12)
+        walk.job = replace(work, reconstruction=frozen, overlap=0)
+        walk.optimize(second, ["blocks.0"], 2, False, Progress())
+        after = _state(chain)
+        assert all(torch.equal(after[n], t) for n, t in ahead.items() if n.endswith("quantized"))
+
+    @pytest.mark.parametrize("method", ["modcap", "loss-descent", "scheme"])
+    @pytest.mark.parametrize("guard", [False, True])
+    def test_merges_are_decided_without(self, chain: Prepared, method: str, guard: bool) -> None:
+        scheme = [["blocks.0", "blocks.1"]] if method == "scheme" else None
+        plain = recipe(granularity=method, scheme=scheme, guard=guard, steps=30, measuring=0.7)
+        (before,), _ = run(chain, plain)
+        (made,), done = run(chain, plain.with_settings(overlap=1))
+        assert made.units == before.units and made.guard == before.guard
+        assert made.module_losses != before.module_losses
+        assert same_state(done.state, _state(chain))
+
+    def test_full_passes_can_decide(self, chain: Prepared) -> None:
+        settings = recipe(granularity="loss", measuring=1.0, overlap=1)
+        (made,), _ = run(chain, settings)
+        (_, plain), _ = run(chain, settings.with_settings(overlap=0))
+        assert made.proposed_merges == plain.proposed_merges and made.guard == plain.guard
+        assert made.measuring_steps == 4 and made.measuring_seconds > 0
 
 
 def test_huge_seeds_work(chain: Prepared) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
@@ -57,7 +58,7 @@ def learn(
     settings: ReconstructionRecipe,
     steps: int = 120,
     seed: int = 0,
-    warm: bool = False,
+    warm: Collection[str] = (),
     fused: bool = False,
 ) -> list[list[float]]:
     return optimize(
@@ -124,7 +125,7 @@ def test_a_failing_step_leaves_the_unit_usable(chain: Prepared) -> None:
             settings_of("qdrop"),
             steps=5,
             regularizer_weight=0.01,
-            warm=False,
+            warm=(),
             seed=0,
             on_step=fail,
         )
@@ -210,7 +211,7 @@ def test_the_loss_curve_is_the_loss_without_regularizer(chain: Prepared) -> None
             settings,
             steps=1,
             regularizer_weight=weight,
-            warm=False,
+            warm=(),
             seed=0,
             on_step=lambda: None,
         ).curve
@@ -242,7 +243,7 @@ def test_the_regularizer_decides_the_rounding(chain: Prepared) -> None:
             settings,
             steps=150,
             regularizer_weight=weight,
-            warm=False,
+            warm=(),
             seed=0,
             on_step=lambda: None,
         ).curve
@@ -285,9 +286,7 @@ def test_a_relative_regularizer_is_that_multiple_of_the_error_per_weight(chain: 
     for weight in (None, 300.0 * error_per_weight(problem, settings.batch_size), 0.0):
         restore(chain.graph, chain.initial)
         restore(problem.module, chain.initial)
-        course = optimize(
-            problem, settings, steps=20, regularizer_weight=weight, warm=False, seed=0, on_step=lambda: None
-        )
+        course = optimize(problem, settings, steps=20, regularizer_weight=weight, warm=(), seed=0, on_step=lambda: None)
         curves.append(course.curve)
     assert curves[0] == curves[1] != curves[2]
 
@@ -297,11 +296,11 @@ def test_a_warm_start_keeps_the_rounding_it_starts_from(chain: Prepared) -> None
     learn(problem, settings_of("brecq"))
     learned = snapshot(problem.module)
     still = settings_of("brecq", rounding_lr=1e-9, step_size_lr=1e-12)
-    learn(problem, still, steps=2, warm=True)
+    learn(problem, still, steps=2, warm=fake_quantizers(problem.module))
     after = snapshot(problem.module)
     weights = [n for n in learned if n.endswith("quantized")]
     assert all(torch.equal(after[n], learned[n]) for n in weights)
-    learn(problem, still, steps=2, warm=False)
+    learn(problem, still, steps=2)
     assert any(not torch.equal(snapshot(problem.module)[n], learned[n]) for n in weights)
 
 
@@ -327,7 +326,7 @@ def test_a_loss_that_is_not_finite_is_gone_back_from(chain: Prepared) -> None:
         settings_of("brecq"),
         steps=150,
         regularizer_weight=0.01,
-        warm=False,
+        warm=(),
         seed=0,
         on_step=lambda: None,
     )
@@ -345,7 +344,7 @@ def test_a_unit_whose_loss_is_never_finite_is_named_and_left_usable(chain: Prepa
             settings_of("brecq"),
             steps=120,
             regularizer_weight=0.01,
-            warm=False,
+            warm=(),
             seed=0,
             on_step=lambda: ticks.append(1),
         )

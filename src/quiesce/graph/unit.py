@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -18,6 +19,17 @@ class Unit:
     stop: int
     layers: tuple[str, ...]
     """Names of its weight layers, in order."""
+
+
+def joined(units: Sequence[Unit]) -> Unit:
+    """Return the unit that neighbouring ``units``, one at least, make together."""
+    layers = tuple(layer for unit in units for layer in unit.layers)
+    return Unit(" + ".join(unit.name for unit in units), units[0].start, units[-1].stop, layers)
+
+
+def reach(unit: Unit, modules: Sequence[Unit], overlap: int) -> Unit:
+    """Return ``unit`` joined with the ``overlap`` modules behind it, or as many as there are."""
+    return joined([unit, *[module for module in modules if module.start >= unit.stop][:overlap]])
 
 
 @dataclass(frozen=True)

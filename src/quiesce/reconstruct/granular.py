@@ -104,20 +104,22 @@ def block_pass(job: Job, progress: Progress) -> Pass:
 
 
 def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: Pass | None) -> Outcome:
-    """Reconstruct at the granularity of ``recipe``, on top of ``block``, a block pass of the same job, if there is one.
+    """Reconstruct at the granularity of ``recipe``, on top of ``block``, a block pass of the same job, if there is one,
+    without overlap.
 
     When the scores or the guard need a block pass and there is none, a short one is made, merges are chosen and tried
     by passes as short (``recipe.measuring``), and what came of it is reconstructed from the calibrated state, once, on
-    all images: there is nothing left to decide, so none is held out. The network is left in the state of the outcome's
-    ``kept`` pass.
+    all images: there is nothing left to decide, so none is held out. Passes that decide have no overlap. The network
+    is left in the state of the outcome's ``kept`` pass.
     """
     began = job.clock()
-    short = measuring_job(job, recipe.measuring)
-    needed = block is None and (recipe.guard or recipe.method in DATA_DEPENDENT)
-    if not needed or short.reconstruction.steps == job.reconstruction.steps:
+    if not (recipe.guard or recipe.method in DATA_DEPENDENT):
+        return _decide(job, recipe, progress, None if job.overlap else block)
+    deciding = measuring_job(job, recipe.measuring) if block is None else job
+    if deciding.reconstruction.steps == job.reconstruction.steps and not job.overlap:
         return _decide(job, recipe, progress, block)
     progress.later = job.reconstruction.steps * sum(job.learns(module) for module in job.modules)
-    decided = _decide(short, recipe, progress, None)
+    decided = _decide(replace(deciding, overlap=0), recipe, progress, block)
     progress.later, measured = 0, job.clock()
     return replace(
         decided,
@@ -126,7 +128,7 @@ def merged_pass(job: Job, recipe: GranularityRecipe, progress: Progress, block: 
         seconds=job.clock() - began,
         block_seconds=0.0,
         reused_seconds=0.0,
-        measuring_steps=short.reconstruction.steps,
+        measuring_steps=deciding.reconstruction.steps,
         measuring_seconds=measured - began,
     )
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor, fx
 
 from quiesce.errors import MemoryLimitError, ModelError
-from quiesce.graph.unit import Unit, boundary
+from quiesce.graph.unit import Unit, boundary, joined, reach
 from quiesce.memory import halved, is_out_of_memory
 from quiesce.oscillation.granularity import Groups
 from quiesce.oscillation.measure import ModuleLoss, module_loss
 from quiesce.progress import Progress
-from quiesce.quant.fake_quantize import restore, snapshot
+from quiesce.quant.fake_quantize import fake_quantizers, restore, snapshot
 from quiesce.recipe import Recipe, ReconstructionRecipe
 from quiesce.reconstruct.batches import Problem
 from quiesce.reconstruct.guard import Guard, Trial
@@ -51,6 +51,8 @@ class Job:
     """Where finished units are kept, and taken over from; None keeps nothing, as in all processes but the first."""
     first: int = 0
     """The number of the first image among those of all processes."""
+    overlap: int = 0
+    """Modules behind each unit that are optimized along with it."""
 
     def clock(self) -> float:
         """Return seconds, of which differences count: a unit that is taken over takes what it took at its time."""
@@ -68,6 +70,10 @@ class Job:
     def make_room(self, units: Iterable[Unit]) -> None:
         """Keep memory for work on any of ``units``; raises ``MemoryLimitError`` if a stated budget does not suffice."""
         reserve(self.network.memory, [Needs.of(self.network, unit) for unit in units], self.sizes)
+
+    def reach(self, unit: Unit) -> Unit:
+        """Return ``unit`` with the modules behind it that are optimized along with it."""
+        return reach(unit, self.modules, self.overlap)
 
     def learns(self, unit: Unit) -> bool:
         """False for a unit that is left float: it has nothing to optimize."""
@@ -128,7 +134,7 @@ def module_pass(
     """
     began = job.clock()
     walk = _GroupWalk(job, progress, previous, guard)
-    job.make_room(walk.unit(group) for group in groups)
+    job.make_room(job.reach(walk.unit(group)) for group in groups)
     restore(job.network.gm, job.initial if previous is None else previous.state)
     for position, group in enumerate(groups):
         walk.plan(groups[position:])
@@ -145,6 +151,8 @@ class _Walk:
         self.job = job
         self.streams = Streams.at_input(job.inputs)
         self.losses: list[ModuleLoss] = []
+        self.reached = 0
+        """How far what was optimized last extends: with overlap, behind the end of its unit."""
 
     def advance(self, stop: int) -> None:
         """Move both streams to ``stop``, measuring each module that ends on the way."""
@@ -166,16 +174,19 @@ class _Walk:
     def optimize(self, unit: Unit, names: list[str], steps: int, warm: bool, progress: Progress) -> UnitRecord:
         """Optimize the unit that starts here, for no steps if it has nothing to learn, and move behind it.
 
-        A unit that was finished before the run was interrupted is taken over from the journal.
+        With overlap, the modules behind it are optimized too. All of it starts from its rounding if it is ``warm``,
+        else only what the unit before has optimized already. A unit that was finished before the run was interrupted
+        is taken over from the journal.
         """
         progress.enter(unit.name)
-        module = self.job.network.module(unit.start, unit.stop)
-        extent = {"unit": unit.name, "start": unit.start, "stop": unit.stop, "steps": steps, "warm": warm}
+        whole = self.job.reach(unit)
+        module = self.job.network.module(whole.start, whole.stop)
+        extent = {"unit": whole.name, "start": whole.start, "stop": whole.stop, "steps": steps, "warm": warm}
         journal = self.job.journal if steps else None
         record = self._finished(journal, module, extent)
         if record is None:
             began = time.perf_counter()
-            course, images = self._learn(unit, steps, warm, progress) if steps else (Course([]), None)
+            course, images = self._learn(whole, steps, warm, progress) if steps else (Course([]), None)
             seconds = time.perf_counter() - began
             record = UnitRecord(names, steps, seconds, course.curve, returns=course.returns, micro_batch=images)
             processes = self.job.network.processes
@@ -185,8 +196,16 @@ class _Walk:
                 journal.commit(module, extent, record)
         else:
             progress.plan(-steps)
+        if steps:
+            self.reached = whole.stop
         self.advance(unit.stop)
         return record
+
+    def _warm(self, unit: Unit, warm: bool) -> Collection[str]:
+        """Return the names of the quantizers in ``unit`` whose weights start from the rounding they have."""
+        network = self.job.network
+        stop = unit.stop if warm else self.reached
+        return fake_quantizers(network.module(unit.start, stop)) if stop > unit.start else ()
 
     def _finished(self, journal: Journal | None, module: fx.GraphModule, extent: Extent) -> UnitRecord | None:
         """Take over a unit that was finished before an interruption: the first process's, on all of them."""
@@ -238,7 +257,7 @@ class _Walk:
             job.reconstruction,
             steps=steps,
             regularizer_weight=job.regularizer_weight,
-            warm=warm,
+            warm=self._warm(unit, warm),
             # A seed per unit: a unit's draws do not depend on what was optimized, or reused, before it.
             seed=(job.recipe.seed * 1_000_003 + unit.start) % 2**63,
             on_step=progress.tick,
@@ -332,8 +351,9 @@ class _GroupWalk(_Walk):
         unit = self.unit(group)
         granularity = self.job.recipe.granularity
         warm = len(group) > 1 and self.previous is not None and granularity is not None and granularity.warm_start
-        start = self.previous.state if warm and self.previous is not None else self.job.initial
-        restore(self.job.network.module(unit.start, unit.stop), start)
+        if self.previous is not None:
+            start = self.previous.state if warm else self.job.initial
+            restore(self.job.network.module(unit.start, unit.stop), start)
         self._keep(group, self.optimize(unit, self._names(group), self._steps(group), warm, self.progress))
         self.changed = True
 
@@ -341,7 +361,7 @@ class _GroupWalk(_Walk):
         """Optimize a merged unit, and keep it only if the guard finds the network closer to its float self."""
         assert self.previous is not None and self.guard is not None
         before, unit = self.streams, self.unit(group)
-        held = len(self.losses)
+        held, reached = len(self.losses), self.reached
         restore(self.job.network.module(unit.start, unit.stop), self.previous.state)
         unmerged = self.guard.error_behind(before, unit.stop)
         changed = self.changed
@@ -349,7 +369,7 @@ class _GroupWalk(_Walk):
         trial = Trial(self._names(group), self.guard.error_behind(before, unit.stop), unmerged)
         self.trials.append(trial)
         if not trial.accepted:
-            self.streams, self.losses, self.changed = before, self.losses[:held], changed
+            self.streams, self.losses, self.changed, self.reached = before, self.losses[:held], changed, reached
             self.done.pop()
             self.records.pop()
             restore(self.job.network.module(unit.start, unit.stop), self.previous.state)
@@ -370,9 +390,7 @@ class _GroupWalk(_Walk):
         return self.job.reconstruction.steps * (learning if per_module else min(learning, 1))
 
     def unit(self, group: list[int]) -> Unit:
-        first, last = self.job.modules[group[0]], self.job.modules[group[-1]]
-        layers = tuple(layer for i in group for layer in self.job.modules[i].layers)
-        return Unit(" + ".join(self._names(group)), first.start, last.stop, layers)
+        return joined([self.job.modules[i] for i in group])
 
     def _names(self, group: list[int]) -> list[str]:
         return [self.job.modules[i].name for i in group]
