@@ -32,19 +32,20 @@ LISTED = ("rates", "regularizer", "candidates")
 FOLLOWING = "reconstruction.weight_step_size_lr"
 """Not listed: it goes with the rounding."""
 BASES = ("brecq-fast", "qdrop-fast")
-BEST = ("brecq-fast", "loss-descent")
+BEST = ("brecq-fast", "loss-descent, overlap 1")
 """What the preset ``best-fast`` is."""
 BASE_OF_BEST = ("qdrop-fast", "block")
 EVIDENCE = ("emoji_mobilenetv2_050", "emoji_resnet18")
 """Tables of the README's table."""
-MERGED = ("modcap", "loss", "loss-descent", "scheme")
+MERGED = ("modcap", "loss", "loss-descent", "scheme", "block, overlap 1", "loss-descent, overlap 1")
+"""Granularities beside blocks."""
 WIDTH = 120
 LEAST_POINTS, STANDARD_ERRORS = 0.3, 2.0
 """Two methods differ when their paired mean difference over seeds exceeds both."""
 STYLE = {"svg.hashsalt": "quiesce", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 Row = dict[str, Any]
 Key = tuple[str, str, str | None]
-"""Bits, preset and granularity."""
+"""Bits, preset, and granularity with its overlap."""
 
 
 def write_page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> None:
@@ -143,14 +144,20 @@ def by_method(rows: Sequence[Row]) -> dict[Key, dict[int, Row]]:
 
 
 def key_of(row: Row) -> Key:
-    cell = row["cell"]
+    cell, settings = row["cell"], row["cell"]["settings"]
     usual = {"nearest": None, "adaround-fast": "layer"}
-    return cell["bits"], cell["preset"], cell["settings"].get("granularity.method", usual.get(cell["preset"], "block"))
+    method = settings.get("granularity.method", usual.get(cell["preset"], "block"))
+    return cell["bits"], cell["preset"], granularity_name(method, settings.get("granularity.overlap", 0))
 
 
 def key_of_cell(cell: Cell) -> Key:
-    recipe = cell.recipe
-    return cell.bits, recipe.name, None if recipe.granularity is None else recipe.granularity.method
+    recipe, granularity = cell.recipe, cell.recipe.granularity
+    name = None if granularity is None else granularity_name(granularity.method, granularity.overlap)
+    return cell.bits, recipe.name, name
+
+
+def granularity_name(method: str | None, overlap: int) -> str | None:
+    return f"{method}, overlap {overlap}" if overlap else method
 
 
 def top1(rows: Mapping[int, Row]) -> dict[int, float]:

@@ -197,8 +197,8 @@ class GranularityRecipe:
     warm_start: bool = True
     """Start a merged unit from the rounding and step sizes of the block pass, where there is one."""
     overlap: int = 0
-    """Modules behind each unit that are optimized along with it, and then again in units of their own. Merges are
-    decided without."""
+    """Modules (method layer: layers) behind each unit that are optimized along with it, and then again in units of
+    their own. Merges are decided without."""
     measuring: float = 0.1
     """Share of the steps, but at least 20, that passes get which only decide what is merged; 1 decides by full ones."""
 
@@ -212,10 +212,6 @@ class GranularityRecipe:
         _check(0 <= self.tolerance < 1, f"granularity.tolerance is {self.tolerance}; give a value in [0, 1).")
         _check(0 < self.holdout < 0.9, f"granularity.holdout is {self.holdout}; give a share in (0, 0.9).")
         _check(self.overlap >= 0, f"granularity.overlap is {self.overlap}; give 0 or more.")
-        _check(
-            self.overlap == 0 or self.method != "layer",
-            f"granularity.overlap is {self.overlap}, a number of modules; method 'layer' has none, so leave it out.",
-        )
         _check(0 < self.measuring <= 1, f"granularity.measuring is {self.measuring}; give a share in (0, 1].")
         needs = self.method == "scheme"
         _check(needs == (self.scheme is not None), "granularity.scheme goes with method 'scheme', and only with it.")
@@ -552,7 +548,7 @@ _ADAROUND = Recipe(
 _BRECQ = Recipe()
 _QDROP = Recipe(reconstruction=ReconstructionRecipe(drop_prob=0.5))
 _BEST = Recipe(
-    granularity=GranularityRecipe(method="loss-descent"),
+    granularity=GranularityRecipe(method="loss-descent", overlap=1),
     reconstruction=ReconstructionRecipe(relative_regularizer=_DECISIVE),
 )
 

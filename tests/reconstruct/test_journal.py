@@ -74,7 +74,7 @@ def check_same(found: tuple[list[Run], Pass], whole: tuple[list[Run], Pass]) -> 
 
 
 @pytest.mark.parametrize(
-    ("method", "overlap"), [("layer", 0), ("block", 0), ("block", 2), ("loss", 0), ("loss-descent", 0)]
+    ("method", "overlap"), [("layer", 0), ("layer", 1), ("block", 0), ("block", 2), ("loss", 0), ("loss-descent", 0)]
 )
 def test_an_interrupted_run_goes_on_to_the_same_end(chain: Prepared, tmp_path: Path, method: str, overlap: int) -> None:
     chosen = recipe(granularity=method, overlap=overlap)

@@ -27,9 +27,9 @@ def joined(units: Sequence[Unit]) -> Unit:
     return Unit(" + ".join(unit.name for unit in units), units[0].start, units[-1].stop, layers)
 
 
-def reach(unit: Unit, modules: Sequence[Unit], overlap: int) -> Unit:
-    """Return ``unit`` joined with the ``overlap`` modules behind it, or as many as there are."""
-    return joined([unit, *[module for module in modules if module.start >= unit.stop][:overlap]])
+def reach(unit: Unit, parts: Sequence[Unit], overlap: int) -> Unit:
+    """Return ``unit`` joined with the ``overlap`` ones of ``parts`` behind it, or as many as there are."""
+    return joined([unit, *[part for part in parts if part.start >= unit.stop][:overlap]])
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Job:
     first: int = 0
     """The number of the first image among those of all processes."""
     overlap: int = 0
-    """Modules behind each unit that are optimized along with it."""
+    """Modules, or layers where units are layers, behind each unit that are optimized along with it."""
 
     def clock(self) -> float:
         """Return seconds, of which differences count: a unit that is taken over takes what it took at its time."""
@@ -70,10 +70,6 @@ class Job:
     def make_room(self, units: Iterable[Unit]) -> None:
         """Keep memory for work on any of ``units``; raises ``MemoryLimitError`` if a stated budget does not suffice."""
         reserve(self.network.memory, [Needs.of(self.network, unit) for unit in units], self.sizes)
-
-    def reach(self, unit: Unit) -> Unit:
-        """Return ``unit`` with the modules behind it that are optimized along with it."""
-        return reach(unit, self.modules, self.overlap)
 
     def learns(self, unit: Unit) -> bool:
         """False for a unit that is left float: it has nothing to optimize."""
@@ -113,9 +109,9 @@ def layer_pass(job: Job, layers: Sequence[Unit], progress: Progress) -> Pass:
     began = job.clock()
     steps = [job.reconstruction.steps * job.learns(layer) for layer in layers]
     progress.plan(sum(steps))
-    job.make_room(layers)
+    walk = _Walk(job, layers)
+    job.make_room(map(walk.reach, layers))
     restore(job.network.gm, job.initial)
-    walk = _Walk(job)
     records = [
         walk.optimize(layer, list(layer.layers), number, False, progress)
         for layer, number in zip(layers, steps, strict=True)
@@ -134,7 +130,7 @@ def module_pass(
     """
     began = job.clock()
     walk = _GroupWalk(job, progress, previous, guard)
-    job.make_room(job.reach(walk.unit(group)) for group in groups)
+    job.make_room(walk.reach(walk.unit(group)) for group in groups)
     restore(job.network.gm, job.initial if previous is None else previous.state)
     for position, group in enumerate(groups):
         walk.plan(groups[position:])
@@ -147,8 +143,10 @@ def module_pass(
 class _Walk:
     """The two streams on their way through the network, and the module losses measured on the way."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, parts: Sequence[Unit] | None = None) -> None:
+        """``parts`` are what overlap counts; None: the modules."""
         self.job = job
+        self.parts = job.modules if parts is None else parts
         self.streams = Streams.at_input(job.inputs)
         self.losses: list[ModuleLoss] = []
         self.reached = 0
@@ -174,12 +172,12 @@ class _Walk:
     def optimize(self, unit: Unit, names: list[str], steps: int, warm: bool, progress: Progress) -> UnitRecord:
         """Optimize the unit that starts here, for no steps if it has nothing to learn, and move behind it.
 
-        With overlap, the modules behind it are optimized too. All of it starts from its rounding if it is ``warm``,
+        With overlap, so is what is behind it. All of it starts from its rounding if it is ``warm``,
         else only what the unit before has optimized already. A unit that was finished before the run was interrupted
         is taken over from the journal.
         """
         progress.enter(unit.name)
-        whole = self.job.reach(unit)
+        whole = self.reach(unit)
         module = self.job.network.module(whole.start, whole.stop)
         extent = {"unit": whole.name, "start": whole.start, "stop": whole.stop, "steps": steps, "warm": warm}
         journal = self.job.journal if steps else None
@@ -200,6 +198,10 @@ class _Walk:
             self.reached = whole.stop
         self.advance(unit.stop)
         return record
+
+    def reach(self, unit: Unit) -> Unit:
+        """Return ``unit`` with what is behind it and optimized along with it."""
+        return reach(unit, self.parts, self.job.overlap)
 
     def _warm(self, unit: Unit, warm: bool) -> Collection[str]:
         """Return the names of the quantizers in ``unit`` whose weights start from the rounding they have."""
