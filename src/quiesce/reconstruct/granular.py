@@ -139,14 +139,7 @@ def measuring_job(job: Job, share: float) -> Job:
     recipe = job.reconstruction
     steps = min(recipe.steps, max(FEWEST_STEPS, round(share * recipe.steps)))
     faster = max(1.0, min(recipe.steps / steps, FASTEST_ROUNDING / recipe.rounding_lr))
-    short = replace(
-        recipe,
-        steps=steps,
-        rounding_lr=recipe.rounding_lr * faster,
-        step_size_lr=recipe.step_size_lr * faster,
-        weight_step_size_lr=recipe.weight_step_size_lr * faster,
-    )
-    return replace(job, reconstruction=short)
+    return replace(job, reconstruction=recipe.at_pace(steps, faster))
 
 
 def _decide(job: Job, recipe: GranularityRecipe, progress: Progress, block: Pass | None) -> Outcome:
