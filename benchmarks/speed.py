@@ -127,6 +127,7 @@ def measure_network(name: str, options: argparse.Namespace, record: dict[str, An
         steps=options.steps,
         weight_range="minmax",
         activation_range="minmax",
+        relative_regularizer=None,  # both loops take the same λ for all units
     )
     prepared = prepare(network, images, recipe, name=name)
     weight = regularizer_weight(prepared.graph, recipe)
