@@ -343,10 +343,11 @@ class TestOverlap:
         """Each unit reaches over the module behind it, whose weights the next one starts from."""
         units: list[str] = []
         warm: list[set[str]] = []
+        names = {quantizer: name for name, quantizer in fake_quantizers(chain.graph).items()}
 
         def spied(problem: Problem, *args: object, **settings: object) -> object:
             units.append(problem.name)
-            warm.append({name for name in settings["warm"] if "weight" in name})  # type: ignore[attr-defined]
+            warm.append({names[quantizer] for quantizer in settings["warm"]})  # type: ignore[attr-defined]
             return optimize(problem, *args, **settings)  # type: ignore[arg-type]
 
         monkeypatch.setattr("quiesce.reconstruct.loop.optimize", spied)

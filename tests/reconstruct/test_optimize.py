@@ -58,7 +58,7 @@ def learn(
     settings: ReconstructionRecipe,
     steps: int = 120,
     seed: int = 0,
-    warm: Collection[str] = (),
+    warm: Collection[WeightFakeQuantize] = (),
     fused: bool = False,
 ) -> list[list[float]]:
     return optimize(
@@ -71,6 +71,10 @@ def learn(
         seed=seed,
         on_step=lambda: None,
     ).curve
+
+
+def weight_quantizers(module: fx.GraphModule) -> list[WeightFakeQuantize]:
+    return [q for q in fake_quantizers(module).values() if isinstance(q, WeightFakeQuantize)]
 
 
 def settings_of(preset: str, **changes: object) -> ReconstructionRecipe:
@@ -296,7 +300,7 @@ def test_a_warm_start_keeps_the_rounding_it_starts_from(chain: Prepared) -> None
     learn(problem, settings_of("brecq"))
     learned = snapshot(problem.module)
     still = settings_of("brecq", rounding_lr=1e-9, step_size_lr=1e-12)
-    learn(problem, still, steps=2, warm=fake_quantizers(problem.module))
+    learn(problem, still, steps=2, warm=weight_quantizers(problem.module))
     after = snapshot(problem.module)
     weights = [n for n in learned if n.endswith("quantized")]
     assert all(torch.equal(after[n], learned[n]) for n in weights)

@@ -15,7 +15,7 @@ from quiesce.memory import halved, is_out_of_memory
 from quiesce.oscillation.granularity import Groups
 from quiesce.oscillation.measure import ModuleLoss, module_loss
 from quiesce.progress import Progress
-from quiesce.quant.fake_quantize import fake_quantizers, restore, snapshot
+from quiesce.quant.fake_quantize import WeightFakeQuantize, restore, snapshot
 from quiesce.recipe import Recipe, ReconstructionRecipe
 from quiesce.reconstruct.batches import Problem
 from quiesce.reconstruct.guard import Guard, Trial
@@ -172,9 +172,9 @@ class _Walk:
     def optimize(self, unit: Unit, names: list[str], steps: int, warm: bool, progress: Progress) -> UnitRecord:
         """Optimize the unit that starts here, for no steps if it has nothing to learn, and move behind it.
 
-        With overlap, so is what is behind it. All of it starts from its rounding if it is ``warm``,
-        else only what the unit before has optimized already. A unit that was finished before the run was interrupted
-        is taken over from the journal.
+        With overlap, so is what is behind it. All of it starts from its rounding if it is ``warm``, else only what the
+        unit before has optimized already. A unit that was finished before the run was interrupted is taken over from
+        the journal.
         """
         progress.enter(unit.name)
         whole = self.reach(unit)
@@ -203,11 +203,9 @@ class _Walk:
         """Return ``unit`` with what is behind it and optimized along with it."""
         return reach(unit, self.parts, self.job.overlap)
 
-    def _warm(self, unit: Unit, warm: bool) -> Collection[str]:
-        """Return the names of the quantizers in ``unit`` whose weights start from the rounding they have."""
-        network = self.job.network
-        stop = unit.stop if warm else self.reached
-        return fake_quantizers(network.module(unit.start, stop)) if stop > unit.start else ()
+    def _warm(self, unit: Unit, warm: bool) -> Collection[WeightFakeQuantize]:
+        """Return the quantizers in ``unit`` whose weights start from the rounding they have."""
+        return self.job.network.weight_quantizers(unit.start, unit.stop if warm else self.reached)
 
     def _finished(self, journal: Journal | None, module: fx.GraphModule, extent: Extent) -> UnitRecord | None:
         """Take over a unit that was finished before an interruption: the first process's, on all of them."""

@@ -61,7 +61,7 @@ def optimize(
     *,
     steps: int,
     regularizer_weight: float | None,
-    warm: Collection[str] = (),
+    warm: Collection[WeightFakeQuantize] = (),
     seed: int,
     on_step: Callable[[], None],
     fused: bool = False,
@@ -71,7 +71,7 @@ def optimize(
 
     The unit must have something to learn (:meth:`~quiesce.reconstruct.streams.Network.learns`). ``fused`` runs
     elementwise maths as compiled kernels (:mod:`quiesce.quant.kernels`). A step works on ``micro_batch`` images at a
-    time (None: all of its batch). The weights of the quantizers named in ``warm`` start from the integers they hold.
+    time (None: all of its batch). The weights of the quantizers ``warm`` start from the integers they hold.
     ``regularizer_weight`` None is ``recipe.relative_regularizer`` times the unit's :func:`error_per_weight`.
 
     Raises:
@@ -150,7 +150,7 @@ class Learned:
         cls,
         module: fx.GraphModule,
         recipe: ReconstructionRecipe,
-        warm: Collection[str],
+        warm: Collection[WeightFakeQuantize],
         drop: Drop | None,
         *,
         fused: bool = False,
@@ -162,7 +162,7 @@ class Learned:
             quantizer = getattr(module, str(node.target)) if node.op == "call_module" else None
             if isinstance(quantizer, WeightFakeQuantize):
                 weight = getattr(module, str(node.args[0].target))
-                quantizer.start_rounding(recipe.rounding, weight, str(node.target) in warm, fused=fused)
+                quantizer.start_rounding(recipe.rounding, weight, quantizer in warm, fused=fused)
                 weights.append(quantizer)
             elif isinstance(quantizer, ActivationFakeQuantize):
                 clip, number = clips.get(str(node.target), NO_CLIP), len(activations)
