@@ -21,15 +21,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench_page import check_page, write_page
+from bench_rows import Row, read_rows, write_rows
 from quiesce.errors import QuiesceError
 from quiesce.files import flat, read_json
-from quiesce.outputs import write_text
 from quiesce.recipe import Recipe
 from quiesce.result import Result
 from quiesce.sweep.cell import CELL_FILE, RESULT_FILE, deciding_versions
@@ -38,7 +38,11 @@ from quiesce.sweep.run import CELLS
 from shown_sweep import run_shown
 
 HERE = Path(__file__).parent
-TABLES = ("quick", "rates", "regularizer", "convergence", "emoji_mobilenetv2_050", "emoji_resnet18", "candidates")
+TABLES = (
+    *("quick", "rates", "regularizer", "convergence"),
+    *("emoji_mobilenetv2_050", "emoji_resnet18", "emoji_regnetx_600mf"),
+    *("candidates", "granularities", "images", "batches", "capacity", "references"),
+)
 """In the order in which they are worth running."""
 RUNS = HERE.parent / "runs" / "bench"
 MEASURED = (
@@ -49,7 +53,6 @@ MEASURED = (
 """Entries of a run (docs/result.md) that are kept."""
 WITHIN = 3.0
 """Pooled standard deviations between a cell and its repetition."""
-Row = dict[str, Any]
 
 
 def identity(cell: Cell) -> dict[str, Any]:
@@ -64,18 +67,6 @@ def identity(cell: Cell) -> dict[str, Any]:
 
 def rows_file(table: str) -> Path:
     return HERE / "results" / f"{table}.json"
-
-
-def read_rows(table: str) -> list[Row]:
-    """Return the rows of ``table`` that have been computed."""
-    path = rows_file(table)
-    return read_json(path)["rows"] if path.exists() else []
-
-
-def write_rows(table: str, rows: Iterable[Row]) -> None:
-    """Write the rows, one a line."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    write_text(rows_file(table), f'{{"rows": [\n{lines}\n]}}\n')
 
 
 def read_table(table: str) -> Sweep:
@@ -133,14 +124,14 @@ def rounded(value: Any) -> Any:
 def run(tables: Sequence[str], only: str) -> None:
     """Compute the cells of ``tables`` that have no row."""
     for table in tables:
-        sweep, rows = read_table(table), read_rows(table)
+        sweep, rows = read_table(table), read_rows(rows_file(table))
         left = missing(sweep, rows)
         cells = [cell for cell in left if fnmatch.fnmatch(cell.name, only)]
         print(f"{table}: {len(sweep.cells) - len(left)} of {len(sweep.cells)} cells are there.")
 
         def keep(row: Row, table: str = table, rows: list[Row] = rows) -> None:
             rows.append(row)
-            write_rows(table, rows)
+            write_rows(rows_file(table), rows)
 
         if cells:
             compute(sweep, cells, RUNS / table, keep)
@@ -148,7 +139,7 @@ def run(tables: Sequence[str], only: str) -> None:
 
 def repeat(table: str, key: str) -> None:
     """Compute one cell again, and tell how far its top-1 is from the recorded one."""
-    sweep, rows = read_table(table), read_rows(table)
+    sweep, rows = read_table(table), read_rows(rows_file(table))
     recorded = next((row for row in rows if row["key"] == key), None)
     cell = next((cell for cell in sweep.cells if cell.digest({}) == key), None)
     if recorded is None or cell is None:
@@ -184,7 +175,7 @@ def groups(rows: Sequence[Row]) -> dict[str, list[float]]:
 def status() -> None:
     """Print all cells that have results, with their keys, and how many have none."""
     for table in TABLES:
-        rows = read_rows(table)
+        rows = read_rows(rows_file(table))
         left = len(missing(read_table(table), rows))
         print(f"{table}: {len(rows)} rows, {left} cells without")
         for row in rows:
@@ -217,7 +208,7 @@ def main() -> None:
         status()
     else:
         write = check_page if options.check else write_page
-        write({table: read_rows(table) for table in TABLES}, {table: read_table(table) for table in TABLES})
+        write({table: read_rows(rows_file(table)) for table in TABLES}, {table: read_table(table) for table in TABLES})
 
 
 if __name__ == "__main__":

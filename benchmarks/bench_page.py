@@ -20,6 +20,16 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench_rows import Key, Row, by_method, granularity_name, header, key_of, line, read_rows, signed, spread, top1
+from bench_studies import (
+    STUDIED,
+    amounts_table,
+    draw_amounts,
+    draw_granularities,
+    granularities_table,
+    ranking_table,
+    references_table,
+)
 from quiesce.outputs import write_bytes, write_text
 from quiesce.sweep.plan import Cell, Sweep
 
@@ -27,7 +37,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"
 PAGE, IMAGES = DOCS / "results.md", DOCS / "images"
 WEIGHTS = Path(__file__).parent / "weights"
-LISTED = ("rates", "regularizer", "candidates")
+LISTED = ("rates", "regularizer", "candidates", "capacity")
 """Tables with a line for each combination of settings."""
 FOLLOWING = "reconstruction.weight_step_size_lr"
 """Not listed: it goes with the rounding."""
@@ -35,26 +45,25 @@ BASES = ("brecq-fast", "qdrop-fast")
 BEST = ("brecq-fast", "loss-descent, overlap 1")
 """What the preset ``best-fast`` is."""
 BASE_OF_BEST = ("qdrop-fast", "block")
-EVIDENCE = ("emoji_mobilenetv2_050", "emoji_resnet18")
+EASY = ("quick",)
+EVIDENCE = ("emoji_mobilenetv2_050", "emoji_resnet18", "emoji_regnetx_600mf")
 """Tables of the README's table."""
 MERGED = ("modcap", "loss", "loss-descent", "scheme", "block, overlap 1", "loss-descent, overlap 1")
 """Granularities beside blocks."""
+REFERENCES = Path(__file__).parent / "results" / "qdrop_reference.json"
 WIDTH = 120
 LEAST_POINTS, STANDARD_ERRORS = 0.3, 2.0
 """Two methods differ when their paired mean difference over seeds exceeds both."""
 STYLE = {"svg.hashsalt": "quiesce", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-Row = dict[str, Any]
-Key = tuple[str, str, str | None]
-"""Bits, preset, and granularity with its overlap."""
 
 
 def write_page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> None:
     """Write the figures, and the generated parts of the page and of the README."""
-    for name in tables:
-        if name == "convergence":
-            draw(f"{name}.svg", lambda figure, own=rows[name]: draw_convergence(figure, own))
-        elif name not in LISTED:
-            draw(f"losses-{name}.svg", lambda figure, own=rows[name]: draw_losses(figure, own, "W2A4"))
+    draw("convergence.svg", lambda figure: draw_convergence(figure, rows["convergence"]))
+    draw("granularities.svg", lambda figure: draw_granularities(figure, rows["granularities"], rows[STUDIED]))
+    draw("amounts.svg", lambda figure: draw_amounts(figure, amounts_rows(rows)))
+    for name in (*EASY, *EVIDENCE):
+        draw(f"losses-{name}.svg", lambda figure, own=rows[name]: draw_losses(figure, own, "W2A4"))
     write_text(PAGE, page(rows, tables))
     write_text(README, readme(rows))
 
@@ -68,16 +77,33 @@ def check_page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -
 
 def page(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> str:
     """Return the page with its generated parts made anew."""
-    text = replaced(PAGE.read_text(encoding="utf-8"), "networks", networks_table())
-    for name, sweep in tables.items():
-        makers = [method_table, merging_table]
-        if name == "convergence":
-            makers = [convergence_table]
-        elif name in LISTED:
-            makers = [list_table]
-        parts = [coverage(rows[name], sweep), *(make(rows[name], sweep) for make in makers)]
-        text = replaced(text, name, "\n\n".join(parts))
+    text = PAGE.read_text(encoding="utf-8")
+    for name, part in generated(rows, tables).items():
+        text = replaced(text, name, part)
     return text
+
+
+def generated(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) -> dict[str, str]:
+    """Return the page's generated parts by name."""
+    parts = {
+        "networks": networks_table(),
+        "convergence": convergence_table(rows["convergence"], tables["convergence"]),
+        "granularities": granularities_table(rows["granularities"], rows[STUDIED]),
+        "images": "",
+        "batches": amounts_table(amounts_rows(rows)),
+        "references": references_table(rows["references"], read_rows(REFERENCES)),
+        "ranking": ranking_table({name: rows[name] for name in EVIDENCE}),
+    }
+    for name in LISTED:
+        parts[name] = list_table(rows[name])
+    for name in (*EASY, *EVIDENCE):
+        parts[name] = f"{method_table(rows[name], tables[name])}\n\n{merging_table(rows[name], tables[name])}"
+    covered = {name: coverage(rows[name], sweep) for name, sweep in tables.items()}
+    return parts | {name: f"{text}\n\n{parts[name]}".rstrip() for name, text in covered.items()}
+
+
+def amounts_rows(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
+    return [*rows["images"], *rows["batches"]]
 
 
 def readme(rows: Mapping[str, Sequence[Row]]) -> str:
@@ -106,11 +132,11 @@ def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
 
 def replaced(text: str, name: str, part: str) -> str:
     """Return ``text`` with what stands between the comments of ``name`` replaced by ``part``."""
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
         raise SystemExit(f"the page has no place for {name!r}; give it {begin.strip()} and {end.strip()}.")
-    return pattern.sub(lambda _: begin + part + end, text)
+    return pattern.sub(lambda _: f"{begin}{part}\n{end}", text)
 
 
 def draw(name: str, paint: Any) -> None:
@@ -135,33 +161,10 @@ def networks_table() -> str:
     return "\n".join(lines)
 
 
-def by_method(rows: Sequence[Row]) -> dict[Key, dict[int, Row]]:
-    """Return the rows by method, then by seed."""
-    found: dict[Key, dict[int, Row]] = {}
-    for row in rows:
-        found.setdefault(key_of(row), {})[row["cell"]["seed"]] = row
-    return found
-
-
-def key_of(row: Row) -> Key:
-    cell, settings = row["cell"], row["cell"]["settings"]
-    usual = {"nearest": None, "adaround-fast": "layer"}
-    method = settings.get("granularity.method", usual.get(cell["preset"], "block"))
-    return cell["bits"], cell["preset"], granularity_name(method, settings.get("granularity.overlap", 0))
-
-
 def key_of_cell(cell: Cell) -> Key:
     recipe, granularity = cell.recipe, cell.recipe.granularity
     name = None if granularity is None else granularity_name(granularity.method, granularity.overlap)
     return cell.bits, recipe.name, name
-
-
-def granularity_name(method: str | None, overlap: int) -> str | None:
-    return f"{method}, overlap {overlap}" if overlap else method
-
-
-def top1(rows: Mapping[int, Row]) -> dict[int, float]:
-    return {seed: row["measured"]["top1"] for seed, row in rows.items()}
 
 
 def coverage(rows: Sequence[Row], sweep: Sweep) -> str:
@@ -244,7 +247,7 @@ def differs(mean: float, error: float) -> bool:
     return abs(mean) > LEAST_POINTS and abs(mean) > STANDARD_ERRORS * error
 
 
-def list_table(rows: Sequence[Row], sweep: Sweep) -> str:
+def list_table(rows: Sequence[Row]) -> str:
     """Return top-1 and SQNR of each combination of settings that has been run."""
     keys = {key for row in rows for key in row["cell"]["settings"]} - {FOLLOWING}
     varied = {key for key in keys if len({str(row["cell"]["settings"].get(key)) for row in rows}) > 1}
@@ -315,23 +318,3 @@ def draw_curve(axes: Axes, losses: Sequence[Mapping[str, float]], label: str) ->
     means = [statistics.fmean(loss[name] for loss in losses) for name in names]
     axes.plot(range(len(names)), means, marker=".", linewidth=1.2, label=label)
     axes.set_xticks(range(len(names)), [name.split("+")[0].split("(")[0] for name in names], rotation=90, fontsize=8)
-
-
-def header(names: Sequence[str], left: int) -> str:
-    """Return the first two lines of a table, ``left`` columns aligned left and the others right."""
-    return line(names) + "\n|" + "---|" * left + "--:|" * (len(names) - left)
-
-
-def line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Write mean ± sample standard deviation."""
-    if not values:
-        return ""
-    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")

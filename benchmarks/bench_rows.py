@@ -1,0 +1,70 @@
+"""Rows of the evidence by method, and the pieces that tables are written of."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quiesce.files import read_json
+from quiesce.outputs import write_text
+
+Row = dict[str, Any]
+Key = tuple[str, str, str | None]
+"""Bits, preset, and granularity with its overlap."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a results file; none where there is no file yet."""
+    return read_json(path)["rows"] if path.exists() else []
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write the rows, one a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    write_text(path, f'{{"rows": [\n{lines}\n]}}\n')
+
+
+def by_method(rows: Sequence[Row]) -> dict[Key, dict[int, Row]]:
+    """Return the rows by method, then by seed."""
+    found: dict[Key, dict[int, Row]] = {}
+    for row in rows:
+        found.setdefault(key_of(row), {})[row["cell"]["seed"]] = row
+    return found
+
+
+def key_of(row: Row) -> Key:
+    cell, settings = row["cell"], row["cell"]["settings"]
+    usual = {"nearest": None, "adaround-fast": "layer"}
+    method = settings.get("granularity.method", usual.get(cell["preset"], "block"))
+    return cell["bits"], cell["preset"], granularity_name(method, settings.get("granularity.overlap", 0))
+
+
+def granularity_name(method: str | None, overlap: int) -> str | None:
+    return f"{method}, overlap {overlap}" if overlap else method
+
+
+def top1(rows: Mapping[int, Row]) -> dict[int, float]:
+    return {seed: row["measured"]["top1"] for seed, row in rows.items()}
+
+
+def header(names: Sequence[str], left: int) -> str:
+    """Return the first two lines of a table, ``left`` columns aligned left and the others right."""
+    return line(names) + "\n|" + "---|" * left + "--:|" * (len(names) - left)
+
+
+def line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write mean ± sample standard deviation."""
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
