@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ OURS = {
     "loss-descent, overlap 1": "loss-descent, overlap 1",
 }
 """Granularities that are shown among the random ones."""
-QUANTITIES = {
+QUANTITIES: dict[str, Callable[[Row], float]] = {
     "largest module loss": lambda row: peak(row["measured"]["module_losses"]),
     "largest relative module loss": lambda row: peak(row["measured"]["relative_losses"]),
     "loss of the last module": lambda row: list(row["measured"]["module_losses"].values())[-1],
@@ -60,8 +60,8 @@ def granularities_table(rows: Sequence[Row], known: Sequence[Row]) -> str:
     middle = [statistics.median(values[name]) for name in names]
     lines.append(line(["random, medians", *(f"{v:.0f}" for v in middle[:3]), f"{middle[3]:.2f}", ""]))
     best = max(rows, key=QUANTITIES["top-1 %"])
-    shown = [QUANTITIES[name](best) for name in names]
-    lines.append(line(["random, best", *(f"{v:.0f}" for v in shown[:3]), f"{shown[3]:.2f}", f"{len(rows) - 1}"]))
+    highest = [QUANTITIES[name](best) for name in names]
+    lines.append(line(["random, best", *(f"{v:.0f}" for v in highest[:3]), f"{highest[3]:.2f}", f"{len(rows) - 1}"]))
     return "\n".join(lines)
 
 

@@ -141,16 +141,16 @@ def measure(case: Case, folder: Path, options: argparse.Namespace, record: dict[
     export_float(case, flat)
     for weight_bits, activation_bits in BITS:
         for backend, containers in plan(weight_bits, activation_bits):
-            keys = [[case.name, weight_bits, activation_bits, backend, compat] for compat in containers]
-            missing = [key for key in keys if all(row["key"] != key for row in record["rows"])]
+            keys = {c: [case.name, weight_bits, activation_bits, backend, c] for c in containers}
+            missing = {c: key for c, key in keys.items() if all(row["key"] != key for row in record["rows"])}
             if not missing:
                 continue
             network = quantize(case, recipe_of(backend, weight_bits, activation_bits, options))
             simulated = outputs_of(network, case.test, IMAGES_A_RUN)
             exporter = openvino_row if backend == "openvino" else onnx_row
-            for key in missing:
+            for compat, key in missing.items():
                 row = {"key": key, "float_top1": case.top1, "top1": compare(simulated, case.test.labels, None).top1}
-                row |= exporter(case, network, simulated, folder, key[-1], flat)
+                row |= exporter(case, network, simulated, folder, compat, flat)
                 record["rows"].append(row)
                 write(record, options.out)
                 print(json.dumps({k: v for k, v in row.items() if k not in ("layers", "notes")}), flush=True)
@@ -227,7 +227,11 @@ def openvino_row(
 
 
 def summary(parity: Parity) -> dict[str, Any]:
-    counts = {"values": parity.values, "ties_broken": parity.ties_broken, "mismatches": parity.mismatches}
+    counts: dict[str, float] = {
+        "values": parity.values,
+        "ties_broken": parity.ties_broken,
+        "mismatches": parity.mismatches,
+    }
     counts |= {"farthest": parity.farthest}
     return {k: v for k, v in asdict(parity).items() if k != "layers"} | counts
 

@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the tables of the rows that are there")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = {"versions": versions(), "hardware": hardware(torch.device("cpu")), "rows": []}
+    record: dict[str, Any] = {"versions": versions(), "hardware": hardware(torch.device("cpu")), "rows": []}
     if options.out.exists():
         record["rows"] = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
     known = {(row["network"], row["seed"]) for row in record["rows"] if row["method"] != "whole"}
@@ -129,11 +130,11 @@ class Comparison:
     def whole_runs(self) -> list[Row]:
         """Time what a user would run, nothing shared: with the guard, and without, so that all merges are kept."""
         _, cost = timed(lambda: self._final([[i] for i in range(len(self.job.modules))]))
-        found = [self.labels | {"method": "whole", "run": "block", "cpu_seconds": cost}]
+        found: list[Row] = [self.labels | {"method": "whole", "run": "block", "cpu_seconds": cost}]
         for share, per_module, guard in WHOLE:
             granularity = replace(self.granularity, measuring=share, steps_per_module=per_module, guard=guard)
             job = replace(self.job, recipe=replace(self.recipe, granularity=granularity))
-            outcome, cost = timed(lambda job=job, g=granularity: merged_pass(job, g, Progress(), None))
+            outcome, cost = timed(partial(merged_pass, job, granularity, Progress(), None))
             settings = {"measuring": share, "steps_per_module": per_module, "guard": guard}
             found.append(
                 self.labels | settings | {"method": "whole", "cpu_seconds": cost, "units": len(outcome.kept.groups)}

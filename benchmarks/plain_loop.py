@@ -164,7 +164,8 @@ class PlainLoop:
         self.step_sizes.step()
         self.schedule.step()
         self.count += 1
-        return loss.detach()
+        detached: Tensor = loss.detach()
+        return detached
 
     def _round_loss(self) -> Tensor:
         start = self.recipe.warmup * self.steps
@@ -192,4 +193,4 @@ def plain(module: fx.GraphModule, drop_prob: float) -> fx.GraphModule:
                 parts[str(node.target)] = PlainActivation(quantizer, drop_prob)
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    return fx.GraphModule(parts, graph)  # type: ignore[arg-type]
+    return fx.GraphModule(parts, graph)

@@ -39,7 +39,8 @@ IMAGES, CALIBRATED, BATCH = 1024, 256, 32
 class Settings(dict[str, Any]):
     """A mapping whose keys are attributes, as QDrop reads its settings."""
 
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
 
 
 def settings(bits: str, steps: int, drop_prob: float, lam: float) -> Settings:
@@ -62,17 +63,19 @@ def mobilenetv2(ours: nn.Module) -> nn.Module:
     """Return QDrop's MobileNetV2 in the shape of ours."""
     from qdrop.model.mobilenetv2 import InvertedResidual, MobileNetV2, conv_1x1_bn, conv_bn
 
-    network, parts = MobileNetV2(num_classes=1000), list(ours.features)
-    first, *blocks, last = parts
+    network: nn.Module = MobileNetV2(num_classes=1000)
+    first, *blocks, last = map(convolutions_of, ours.get_submodule("features").children())
     features = [conv_bn(3, first[0].out_channels, 2)]
-    for block in blocks:
-        convolutions = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+    for convolutions in blocks:
         ends = convolutions[0].in_channels, convolutions[-1].out_channels
         expansion = 1 if len(convolutions) == 2 else round(convolutions[0].out_channels / ends[0])
         features.append(InvertedResidual(*ends, convolutions[-2].stride[0], expansion))
-        features[-1].use_res_connect = block.use_res_connect
     network.features = nn.Sequential(*features, conv_1x1_bn(last[0].in_channels, last[0].out_channels))
     return network
+
+
+def convolutions_of(part: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in part.modules() if isinstance(module, nn.Conv2d)]
 
 
 def resnet18(ours: nn.Module) -> nn.Module:

@@ -71,7 +71,7 @@ def timed_commits() -> Any:
         commit(self, *arguments)
         times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
 
-    Journal.commit = timed  # type: ignore[method-assign]
+    Journal.commit = timed  # type: ignore[method-assign, assignment]
     try:
         yield times
     finally:

@@ -131,6 +131,7 @@ def measure_network(name: str, options: argparse.Namespace, record: dict[str, An
     )
     prepared = prepare(network, images, recipe, name=name)
     weight = regularizer_weight(prepared.graph, recipe)
+    assert weight is not None
     record["checks"] += check_losses(name, network, images, recipe)
     record["caching"].append(time_caching(name, prepared, recipe))
     times: dict[str, dict[str, list[float]]] = {v: {} for v in options.variants}
@@ -210,6 +211,7 @@ def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) 
     few = images[: 2 * settings.batch_size].double()
     prepared = prepare(copy.deepcopy(network).double(), few, recipe)
     weight = regularizer_weight(prepared.graph, recipe)
+    assert weight is not None
     walk, rows = _Walk(_job(prepared, recipe, Memory())), []
     for unit in prepared.modules:
         problem = walk._problem(unit)

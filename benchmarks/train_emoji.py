@@ -91,7 +91,8 @@ def shrunk(art: Tensor, side: int) -> Tensor:
     if side == SIDE:
         return art
     small = interpolate(art.flatten(0, 1).float(), size=(side, side), mode="area")
-    return small.round().to(torch.uint8).unflatten(0, art.shape[:2])
+    shaped: Tensor = small.round().to(torch.uint8).unflatten(0, art.shape[:2])
+    return shaped
 
 
 def train(network: nn.Module, stage: Stage, first: int, blocks: int) -> list[dict[str, float]]:

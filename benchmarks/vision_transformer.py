@@ -37,7 +37,15 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results/vision_transformer.json"
 WEIGHTS = HERE / "weights/vision_transformer.safetensors"
 MODEL = "vit_tiny_patch16_224"
-SHAPE = {"img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10, "embed_dim": 96, "depth": 6, "num_heads": 3}
+SHAPE: dict[str, Any] = {
+    "img_size": 28,
+    "patch_size": 7,
+    "in_chans": 1,
+    "num_classes": 10,
+    "embed_dim": 96,
+    "depth": 6,
+    "num_heads": 3,
+}
 PEAK_LR, WEIGHT_DECAY, CLIP = 1e-3, 0.05, 1.0
 RECIPE = {
     "optimizer": f"AdamW, weight decay {WEIGHT_DECAY}, batch {BATCH}, gradients clipped to norm {CLIP}",
@@ -58,7 +66,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 TUNED = ("nearest", "qdrop-fast")
 RECONSTRUCTED = ("nearest", "brecq-fast", "qdrop-fast")
-TESTED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+Rows = dict[str, tuple[tuple[str, ...], dict[str, Any]]]
+"""Presets and settings, by name."""
+TESTED: Rows = {
     "min-max": (("nearest",), {"weights.range": "minmax", "activations.range": "minmax"}),
     "defaults": (RECONSTRUCTED, {}),
     "twin and reparameterized": (TUNED, OPTIONS["twin and reparameterized"]),
@@ -169,7 +179,7 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
     """Measure each option by itself on the tuning images."""
     images, labels = read_set(options.data, "train")
     tuning = tensors(images, labels, split(len(images), 0)["tuning"])
-    rows = {name: (TUNED, OPTIONS[name]) for name in options.rows or OPTIONS}
+    rows: Rows = {name: (TUNED, OPTIONS[name]) for name in options.rows or OPTIONS}
     return measure_all(rows, SEEDS[: options.seeds], images, tuning)
 
 
@@ -181,7 +191,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_all(
-    rows: dict[str, tuple[tuple[str, ...], dict[str, Any]]],
+    rows: Rows,
     seeds: tuple[int, ...],
     images: np.ndarray,
     evaluation: tuple[Tensor, Tensor],

@@ -20,14 +20,14 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 
 def resnet18() -> nn.Module:
     """torchvision's ResNet-18 without the pooling behind its first convolution."""
-    network = torchvision.models.resnet18(num_classes=CLASSES)
+    network: nn.Module = torchvision.models.resnet18(num_classes=CLASSES)
     network.maxpool = nn.Identity()
     return network.eval()
 
 
 def resnet50() -> nn.Module:
     """torchvision's ResNet-50 without the pooling behind its first convolution."""
-    network = torchvision.models.resnet50(num_classes=CLASSES)
+    network: nn.Module = torchvision.models.resnet50(num_classes=CLASSES)
     network.maxpool = nn.Identity()
     return network.eval()
 
@@ -50,15 +50,15 @@ def mobilenetv2_035() -> nn.Module:
 
 def _mobilenetv2(width: float) -> nn.Module:
     """torchvision's MobileNetV2 with the stride of its second stage set to 1."""
-    network = torchvision.models.mobilenet_v2(num_classes=CLASSES, width_mult=width, dropout=0.0)
-    _unstride(network.features[2])
+    network: nn.Module = torchvision.models.mobilenet_v2(num_classes=CLASSES, width_mult=width, dropout=0.0)
+    _unstride(network.get_submodule("features.2"))
     return network.eval()
 
 
 def regnetx_600mf() -> nn.Module:
     """timm's RegNetX-600MF with the stride of its first stage set to 1."""
-    network = timm.create_model("regnetx_006", pretrained=False, num_classes=CLASSES)
-    _unstride(network.s1)
+    network: nn.Module = timm.create_model("regnetx_006", pretrained=False, num_classes=CLASSES)
+    _unstride(network.get_submodule("s1"))
     return network.eval()
 
 

@@ -112,7 +112,7 @@ def _background(draw: _Draw, pixels: int) -> Tensor:
 def _glyphs(art: Tensor, classes: Tensor, draw: _Draw, placing: Placing) -> Tensor:
     """Return emoji of ``classes`` [N, 4, H, W] in [0, 1], each in a random style and place."""
     chosen = art[classes, draw.integers(len(STYLES))].float() / 255
-    side = draw.uniform(*map(math.log, placing.sides)).exp()
+    side = draw.uniform(math.log(placing.sides[0]), math.log(placing.sides[1])).exp()
     stretch = draw.uniform(-STRETCH / 2, STRETCH / 2).exp()
     angle = draw.uniform(-placing.turn, placing.turn).deg2rad()
     away = draw.uniform(*placing.centres, 2) * (2 * draw.uniform(0, 1, 2).round() - 1)

@@ -89,7 +89,7 @@ class Batches:
         self._next: dict[tuple[int, int], Future[Fetched]] = {}
         self._stream = None
         if self._pool is not None and problem.device.type == "cuda":
-            self._stream = torch.cuda.Stream(problem.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(problem.device)
             self._stream.wait_stream(torch.cuda.current_stream(problem.device))  # what wrote the tensors
 
     def __enter__(self) -> Batches:
@@ -118,7 +118,7 @@ class Batches:
             return Batch.of(self.problem, images), None
         with torch.cuda.stream(self._stream):
             batch = Batch.of(self.problem, images)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied = torch.cuda.Event()
             copied.record()
         return batch, copied
 

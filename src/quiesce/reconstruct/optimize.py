@@ -231,7 +231,7 @@ class Step:
             loss = self.loss(step, self.batches.of(part, None if behind is None else behind[: self.micro_batch]))
             if len(parts) > 1:
                 loss = loss * (len(part) / len(images))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         gradients = [v.grad for v in self.learned.variables() if v.grad is not None]
         self.problem.processes.mean_([total, *gradients])

@@ -44,7 +44,7 @@ class Rounding(nn.Module, ABC):
 
     def add_penalty(self, beta: Tensor, weight: Tensor) -> None:
         """Add the gradient of ``weight`` (0-dim) times :meth:`regularizer` to that of ``V``."""
-        (weight * self.regularizer(beta)).backward()  # type: ignore[no-untyped-call]
+        (weight * self.regularizer(beta)).backward()
 
     def learned_scale(self, scale: Tensor) -> Tensor:
         """Return the scale decided for; ``scale`` is the one that the rounding was made with, and has its shape."""
