@@ -2,10 +2,11 @@
 
     git clone https://github.com/wimh966/QDrop && pip install easydict pyyaml scipy
     python benchmarks/qdrop_reference.py QDROP [--network NAME] [--bits W/A] [--seed N] [--drop-prob P] [--lam L]
+    python benchmarks/qdrop_reference.py QDROP --race --steps 20
 
 Nothing of it is in this repository: QDROP is a clone of it. Its networks get our weights, its loop our images, steps
-and learning rates (its own are of 20,000 steps), and tensors that it sends to a GPU stay where they are. Its search for
-ranges of weights, which takes most of the time of a short run, is kept beside the clone for further runs.
+and learning rates (its own are of 20,000 steps), and tensors that it sends to a GPU stay where they are. The ranges
+that it searches for, which takes most of the time of a short run, are kept beside the clone for further runs.
 """
 
 from __future__ import annotations
@@ -23,17 +24,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench_rows import read_rows, write_rows
 from emoji1000 import data
 from emoji1000.networks import trained
+from quiesce import Recipe
+from quiesce.memory import Memory
+from quiesce.pipeline import _job, prepare
+from quiesce.quant.fake_quantize import restore
+from quiesce.reconstruct.loop import _Walk
 from quiesce.result import hardware
+from speed import time_steps
 
 RESULTS = Path(__file__).parent / "results" / "qdrop_reference.json"
 PUBLISHED_STEPS, ROUNDING_LR, STEP_SIZE_LR = 20_000, 1e-3, 4e-5
 IMAGES, CALIBRATED, BATCH = 1024, 256, 32
+PARTS = ("scale", "zero_point")
 
 
 class Settings(dict[str, Any]):
@@ -43,10 +52,10 @@ class Settings(dict[str, Any]):
         return self[name]
 
 
-def settings(bits: str, steps: int, drop_prob: float, lam: float) -> Settings:
+def settings(bits: str, steps: int, drop_prob: float, lam: float, observer: str = "MSEObserver") -> Settings:
     """Return what QDrop's published files for W2A4 set, with the rates of ``steps`` steps."""
     weight_bits, activation_bits = map(int, bits.split("/"))
-    common = {"observer": "MSEObserver", "symmetric": False}
+    common = {"observer": observer, "symmetric": False}
     rounding = {"round_mode": "learned_hard_sigmoid", "warm_up": 0.2, "b_range": [20, 2], "weight": lam}
     return Settings(
         w_qconfig=Settings(common | {"quantizer": "AdaRoundFakeQuantize", "bit": weight_bits, "ch_axis": 0}),
@@ -114,25 +123,28 @@ def on_this_device(rate: float) -> Iterator[None]:
     torch.optim.Adam = adam  # type: ignore[misc]
 
 
-def calibrated(main: Any, network: nn.Module, images: Tensor, kept: Path) -> dict[str, float]:
-    """Search the ranges as QDrop's main program does; return the seconds that activations and weights took."""
-    began = time.perf_counter()
-    main.enable_calibration_woquantization(network, quantizer_type="act_fake_quant")
-    network(images[:CALIBRATED])
-    activations = time.perf_counter() - began
-    weights = {n: m for n, m in network.named_modules() if isinstance(m, main.QuantizeBase) and "weight" in n}
-    seconds = {"activation_ranges": activations}
-    if kept.exists():
-        state = load_file(kept)
-        for name, quantizer in weights.items():
-            quantizer.scale, quantizer.zero_point = state[f"{name}.scale"], state[f"{name}.zero_point"]
-        return seconds
-    began = time.perf_counter()
-    main.enable_calibration_woquantization(network, quantizer_type="weight_fake_quant")
-    network(images[:2])
-    parts = {f"{name}.{part}": getattr(q, part) for name, q in weights.items() for part in ("scale", "zero_point")}
-    save_file(parts, kept)
-    return seconds | {"weight_ranges": time.perf_counter() - began}
+def calibrated(main: Any, network: nn.Module, images: Tensor, kinds: dict[str, tuple[int, Path]]) -> dict[str, float]:
+    """Search the ranges as QDrop's main program does; return the seconds that each kind of quantizer took.
+
+    ``kinds`` are the numbers of images, and the files where ranges are kept: they are read where they are there.
+    """
+    seconds = {}
+    for kind, (count, kept) in kinds.items():
+        quantizers = {
+            name: m for name, m in network.named_modules() if isinstance(m, main.QuantizeBase) and kind in name
+        }
+        if not kept.exists():
+            began = time.perf_counter()
+            main.enable_calibration_woquantization(network, quantizer_type=kind)
+            network(images[:count])
+            state = {f"{name}.{part}": getattr(q, part).detach() for name, q in quantizers.items() for part in PARTS}
+            save_file(state, kept, metadata={"seconds": str(time.perf_counter() - began)})
+        with safe_open(kept, "pt") as file:
+            seconds[kind] = float(file.metadata()["seconds"])
+            for name, quantizer in quantizers.items():
+                for part in PARTS:
+                    getattr(quantizer, part).data = file.get_tensor(f"{name}.{part}")
+    return seconds
 
 
 def reconstructed(main: Any, network: nn.Module, images: Tensor, recon: Settings) -> dict[str, float]:
@@ -174,19 +186,35 @@ def top1(network: nn.Module) -> float:
     return 100 * right / count
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Quantize and measure one network."""
+def loaded(options: argparse.Namespace) -> Any:
+    """Return QDrop's main program as a module."""
     sys.path[:0] = [str(options.qdrop / "qdrop" / "solver"), str(options.qdrop)]
-    import main_imagenet as main
+    import main_imagenet
 
     logging.disable(logging.CRITICAL)
-    images = data.calibration(IMAGES, options.seed)
-    chosen = settings(options.bits, options.steps, options.drop_prob, options.lam)
+    return main_imagenet
+
+
+def quantized(main: Any, options: argparse.Namespace, images: Tensor, chosen: Settings) -> nn.Module:
+    """Return QDrop's network, quantized by its main program."""
     network = with_our_weights(options.network, images)
-    torch.manual_seed(options.seed)
     main.search_fold_and_remove_bn(network)
-    network = main.quantize_model(network, chosen).eval()
-    kept = options.qdrop / f"ranges-{options.network}-{options.bits.partition('/')[0]}.safetensors"
+    made: nn.Module = main.quantize_model(network, chosen).eval()
+    return made
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Quantize and measure one network."""
+    main, images = loaded(options), data.calibration(IMAGES, options.seed)
+    chosen = settings(options.bits, options.steps, options.drop_prob, options.lam)
+    network = quantized(main, options, images, chosen)
+    torch.manual_seed(options.seed)
+    weight_bits, _, activation_bits = options.bits.partition("/")
+    kinds = {
+        "act_fake_quant": (CALIBRATED, f"{options.network}-A{activation_bits}-seed{options.seed}.safetensors"),
+        "weight_fake_quant": (2, f"{options.network}-W{weight_bits}.safetensors"),
+    }
+    kept = {kind: (count, options.qdrop / f"ranges-{name}") for kind, (count, name) in kinds.items()}
     with on_this_device(ROUNDING_LR * PUBLISHED_STEPS / options.steps):
         with torch.no_grad():
             seconds = calibrated(main, network, images, kept)
@@ -196,6 +224,38 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     asked = {key: getattr(options, key) for key in ("network", "bits", "seed", "drop_prob", "lam", "steps")}
     machine = {"hardware": hardware(torch.device("cpu")), "python": platform.python_version()}
     return asked | {"top1": accuracy, "seconds": seconds, "torch": torch.__version__} | machine
+
+
+def race(options: argparse.Namespace) -> None:
+    """Time the steps of QDrop's loop and of the baseline of ``speed.py``, in turn, and print both."""
+    main, images = loaded(options), data.calibration(CALIBRATED, options.seed)
+    chosen = settings(options.bits, options.steps, options.drop_prob, options.lam, observer="MinMaxObserver")
+    for _ in range(2):
+        network = quantized(main, options, images, chosen)
+        with on_this_device(ROUNDING_LR):
+            with torch.no_grad():
+                for kind in ("act_fake_quant", "weight_fake_quant"):
+                    main.enable_calibration_woquantization(network, quantizer_type=kind)
+                    network(images[:BATCH])
+            theirs = reconstructed(main, network, images, chosen.recon)["steps"]
+        ours = baseline_seconds(trained(options.network), images, options)
+        print(f"QDrop's loop {theirs:.1f} s, the baseline {ours:.1f} s, ratio {ours / theirs:.2f}", flush=True)
+
+
+def baseline_seconds(network: nn.Module, images: Tensor, options: argparse.Namespace) -> float:
+    """Return the seconds of the baseline's steps for all blocks of ``network``."""
+    weight_bits, activation_bits = map(int, options.bits.split("/"))
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    ranges = {"weight_range": "minmax", "activation_range": "minmax"}
+    drop = {"drop_prob": options.drop_prob, "regularizer_weight": options.lam}
+    recipe = Recipe.preset("qdrop-fast", **bits, **ranges, **drop, steps=options.steps)
+    prepared = prepare(network, images, recipe)
+    walk, seconds = _Walk(_job(prepared, recipe, Memory())), 0.0
+    for unit in prepared.modules:
+        seconds += sum(time_steps("baseline", walk._problem(unit), recipe, options.lam))
+        restore(prepared.graph, prepared.initial)
+        walk.advance(unit.stop)
+    return seconds
 
 
 def main() -> None:
@@ -208,8 +268,12 @@ def main() -> None:
     parser.add_argument("--lam", type=float, default=3.0, help="λ of the regularizer")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--race", action="store_true", help="only time its steps and those of speed.py's baseline")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.race:
+        race(options)
+        return
     row = run(options)
     write_rows(RESULTS, [*read_rows(RESULTS), row])
     print(json.dumps(row))
