@@ -50,16 +50,16 @@ def random_scheme(modules: Sequence[str], chance: float, draws: random.Random) -
     return [unit for unit in units if len(unit) > 1]
 
 
-def main() -> None:
+def text() -> str:
+    """Return the table: a sweep file."""
     draws = random.Random(0)
     schemes: list[list[list[str]]] = []
     while len(schemes) < SCHEMES:
         scheme = random_scheme(MODULES, draws.uniform(0.1, 0.9), draws)
         if scheme and scheme not in schemes:
             schemes.append(scheme)
-    lines = "".join(f"    {json.dumps(scheme)},\n" for scheme in schemes)
-    TABLE.write_text(f"{HEAD}{lines}]\n", encoding="utf-8")
+    return HEAD + "".join(f"    {json.dumps(scheme)},\n" for scheme in schemes) + "]\n"
 
 
 if __name__ == "__main__":
-    main()
+    TABLE.write_text(text(), encoding="utf-8")

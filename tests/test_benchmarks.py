@@ -91,6 +91,37 @@ class TestVerdicts:
         assert page.gain({0: 50.0}, {1: 60.0}, 70.0) == ""
 
 
+class TestStudies:
+    def test_the_peak_leaves_out_the_logits(self, load: Any) -> None:
+        assert load("bench_studies").peak({"a": 1.0, "b": 3.0, "c": 2.0, "logits": 9.0}) == 3.0
+
+    def test_ranks_of_capacities_and_losses(self, load: Any) -> None:
+        ranking = load("bench_studies").ranking
+        assert ranking([1, 2, 4, 8, 16], [1, 2, 4, 8, 16]) == ["+1.00", "+1.00", "+1.00", "1 of 1"]
+        # Sizes of differences 1, 2, 4, 8 and 8, 4, 2, 1; all rise.
+        assert ranking([1, 2, 4, 8, 16], [1, 9, 13, 15, 16]) == ["+1.00", "−1.00", "−1.00", "0 of 1"]
+
+    def test_amounts_are_told_apart_by_images_and_batch(self, load: Any) -> None:
+        done = rows("images")
+        found = load("bench_studies").amounts(done)
+        assert set(found) == {(row["cell"]["images"], 32) for row in done}
+        chosen = next(r for r in done if r["cell"]["images"] == 256 and "granularity.method" in r["cell"]["settings"])
+        assert found[256, 32]["loss-descent"] == [chosen["measured"]["top1"]]
+
+    def test_random_granularities_are_those_of_the_table(self, load: Any) -> None:
+        module = load("random_schemes")
+        assert module.TABLE.read_text("utf-8") == module.text()
+        schemes = [
+            list(map(list, cell.recipe.granularity.scheme)) for cell in load("bench").read_table("granularities").cells
+        ]
+        assert len(schemes) == module.SCHEMES == len({json.dumps(scheme) for scheme in schemes})
+        places = {name: i for i, name in enumerate(module.MODULES)}
+        for unit in (unit for scheme in schemes for unit in scheme):
+            first = places[unit[0]]
+            assert [places[name] for name in unit] == list(range(first, first + len(unit)))
+            assert 2 <= len(unit) <= module.MOST_MODULES
+
+
 class TestCells:
     @pytest.mark.parametrize("table", TABLES)
     def test_tables_can_be_read_and_cells_have_one_row_at_most(self, load: Any, table: str) -> None:
