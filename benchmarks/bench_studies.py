@@ -89,7 +89,7 @@ def draw_granularities(figure: Figure, rows: Sequence[Row], known: Sequence[Row]
         axes.set_xlabel(across)
         axes.set_ylabel(up)
     if rows:
-        panels[1].legend(frameon=False, fontsize=8)
+        figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
 
 
 def amounts_table(rows: Sequence[Row]) -> str:
@@ -126,8 +126,11 @@ def draw_amounts(figure: Figure, rows: Sequence[Row]) -> None:
     panels[0].set_xlabel("calibration images (batches of 32)")
     panels[1].set_xlabel("images in a batch")
     panels[0].set_ylabel("top-1 %")
-    for axes in panels:
+    places = {images for images, _ in found}, {batch for _, batch in found}
+    for axes, own in zip(panels, places, strict=True):
         if axes.lines:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(own), [f"{place:,}" for place in sorted(own)])
             axes.legend(frameon=False, fontsize=8)
 
 
@@ -135,8 +138,6 @@ def draw_curve(axes: Axes, values: Mapping[int, Sequence[float]], label: str, st
     if values:
         places = sorted(values)
         axes.plot(places, [statistics.fmean(values[place]) for place in places], style, label=label)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [f"{place:,}" for place in places])
 
 
 def ranking_table(tables: Mapping[str, Sequence[Row]]) -> str:
