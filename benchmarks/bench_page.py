@@ -97,7 +97,7 @@ def generated(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) ->
         "images": "",
         "batches": amounts_table(amounts_rows(rows)),
         "references": references_table(rows["references"], read_rows(REFERENCES)),
-        "ranking": ranking_table({name: rows[name] for name in EVIDENCE}),
+        "ranking": ranking_table([rows[name] for name in EVIDENCE]),
     }
     for name in LISTED:
         parts[name] = list_table(rows[name])

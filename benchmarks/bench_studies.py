@@ -140,11 +140,11 @@ def draw_curve(axes: Axes, values: Mapping[int, Sequence[float]], label: str, st
         axes.plot(places, [statistics.fmean(values[place]) for place in places], style, label=label)
 
 
-def ranking_table(tables: Mapping[str, Sequence[Row]]) -> str:
+def ranking_table(tables: Sequence[Sequence[Row]]) -> str:
     """Return, by network, how ModCap ranks modules and pairs beside the losses of a block pass."""
     columns = ["Network", "W/A", "Modules", "Pairs by difference", "Pairs that fall", "Top quarter shared"]
     lines = [header(columns, left=2)]
-    for rows in tables.values():
+    for rows in tables:
         found = by_method(rows)
         for (bits, preset, granularity), own in found.items():
             blocks = found.get((bits, preset, "block"), {})

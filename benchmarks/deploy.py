@@ -231,8 +231,8 @@ def summary(parity: Parity) -> dict[str, Any]:
         "values": parity.values,
         "ties_broken": parity.ties_broken,
         "mismatches": parity.mismatches,
+        "farthest": parity.farthest,
     }
-    counts |= {"farthest": parity.farthest}
     return {k: v for k, v in asdict(parity).items() if k != "layers"} | counts
 
 

@@ -38,6 +38,7 @@ from quiesce.quant.fake_quantize import restore
 from quiesce.reconstruct.loop import _Walk
 from quiesce.result import hardware
 from speed import time_steps
+from train_emoji import top1
 
 RESULTS = Path(__file__).parent / "results" / "qdrop_reference.json"
 PUBLISHED_STEPS, ROUNDING_LR, STEP_SIZE_LR = 20_000, 1e-3, 4e-5
@@ -118,9 +119,11 @@ def on_this_device(rate: float) -> Iterator[None]:
     tensor, module = torch.Tensor.cuda, nn.Module.cuda
     torch.Tensor.cuda = nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
     torch.optim.Adam = lambda variables, lr=rate: adam(variables, lr=lr)  # type: ignore[misc, assignment]
-    yield
-    torch.Tensor.cuda, nn.Module.cuda = tensor, module  # type: ignore[method-assign]
-    torch.optim.Adam = adam  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda, nn.Module.cuda = tensor, module  # type: ignore[method-assign]
+        torch.optim.Adam = adam  # type: ignore[misc]
 
 
 def calibrated(main: Any, network: nn.Module, images: Tensor, kinds: dict[str, tuple[int, Path]]) -> dict[str, float]:
@@ -171,19 +174,11 @@ def reconstructed(main: Any, network: nn.Module, images: Tensor, recon: Settings
 
     loop.save_inp_oup_data = timed
     began = time.perf_counter()
-    walk(network, float_network)
+    try:
+        walk(network, float_network)
+    finally:
+        loop.save_inp_oup_data = save
     return seconds | {"steps": time.perf_counter() - began - seconds["caching"]}
-
-
-@torch.no_grad()
-def top1(network: nn.Module) -> float:
-    """Return the per cent of the test images that get their label."""
-    right = count = 0
-    for images, labels in data.test():
-        for part, own in zip(images.split(500), labels.split(500), strict=True):
-            right += int((network(part).argmax(1) == own).sum())
-            count += len(own)
-    return 100 * right / count
 
 
 def loaded(options: argparse.Namespace) -> Any:
@@ -220,7 +215,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             seconds = calibrated(main, network, images, kept)
         seconds |= reconstructed(main, network, images, chosen.recon)
         main.enable_quantization(network)
-        accuracy = top1(network)
+        accuracy = top1(network, "test", data.TEST)
     asked = {key: getattr(options, key) for key in ("network", "bits", "seed", "drop_prob", "lam", "steps")}
     machine = {"hardware": hardware(torch.device("cpu")), "python": platform.python_version()}
     return asked | {"top1": accuracy, "seconds": seconds, "torch": torch.__version__} | machine
