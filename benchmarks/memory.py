@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels of a side")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--budget", default="500MB", help="of the second row; the first has none")
+    parser.add_argument("--budget", default="700MB", help="of the second row; the first has none")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plan", action="store_true", help="plan for --images on a GPU with --budget, batch 32")
     parser.add_argument("--one", help=argparse.SUPPRESS)
