@@ -20,7 +20,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench_rows import Key, Row, by_method, granularity_name, header, key_of, line, read_rows, signed, spread, top1
+from bench_rows import Key, Row, by_method, granularity_name, header, line, read_rows, signed, spread, top1
 from bench_studies import (
     STUDIED,
     amounts_table,
@@ -117,21 +117,17 @@ def readme(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
-    """Return top-1 of the methods in their usual granularity, by network and bits; columns without a result are left
-    out."""
-    methods: dict[str, str | None] = {"nearest": None, "adaround-fast": "layer", **dict.fromkeys(BASES, "block")}
-    columns = [
-        (own[0]["cell"]["network"]["label"], bits, own[0]["float_top1"], by_method(own))
-        for own in (rows[table] for table in EVIDENCE)
-        for bits in ("W2A4", "W2A2")
-        if any((bits, *BEST) == key_of(row) for row in own)
-    ]
-    lines = [header(["", *[f"{label}, {bits}" for label, bits, _, _ in columns]], left=1)]
-    lines.append(line(["float", *[f"{float_top1:.2f}" for _, _, float_top1, _ in columns]]))
-    for preset, granularity in [*methods.items(), BEST]:
-        found = [list(top1(done.get((bits, preset, granularity), {})).values()) for _, bits, _, done in columns]
-        name = "best-fast" if (preset, granularity) == BEST else preset
-        lines.append(line([f"`{name}`", *map(spread, found)]))
+    """Return top-1 of the methods in their usual granularity, a line for each network and bits that `best` has run."""
+    usual: dict[str, str | None] = {"nearest": None, "adaround-fast": "layer", **dict.fromkeys(BASES, "block")}
+    methods = {preset: (preset, granularity) for preset, granularity in usual.items()} | {"best-fast": BEST}
+    lines = [header(["Network", "W/A", "Float", *[f"`{name}`" for name in methods]], left=2)]
+    for own in (rows[table] for table in EVIDENCE):
+        done = by_method(own)
+        for bits in ("W2A4", "W2A2"):
+            found = [list(top1(done.get((bits, *method), {})).values()) for method in methods.values()]
+            if found[-1]:
+                label, float_top1 = own[0]["cell"]["network"]["label"], f"{own[0]['float_top1']:.2f}"
+                lines.append(line([label, bits, float_top1, *map(spread, found)]))
     return "\n".join(lines)
 
 
