@@ -147,7 +147,8 @@ def measure_network(name: str, options: argparse.Namespace, record: dict[str, An
         problem = walk._problem(unit)
         for variant in options.variants:
             forget_peak()
-            times[variant][unit.name] = time_steps(variant, problem, recipe, weight)
+            own = recipe.with_settings(steps=steps_of(variant, options.steps))
+            times[variant][unit.name] = time_steps(variant, problem, own, weight)
             peaks[variant] = max(peaks[variant], peak_mib())
             shares[variant].append(profile(variant, problem, recipe, weight))
             restore(prepared.graph, prepared.initial)
@@ -182,7 +183,7 @@ def steps_of(variant: str, steps: int) -> int:
 def time_steps(variant: str, problem: Problem, recipe: Recipe, weight: float) -> list[float]:
     """Return the seconds of each step."""
     assert recipe.reconstruction is not None
-    steps = steps_of(variant, recipe.reconstruction.steps)
+    steps = recipe.reconstruction.steps
     stamps = [time.perf_counter()]
     if variant == "baseline":
         loop = PlainLoop(problem, recipe.reconstruction, steps, weight)
