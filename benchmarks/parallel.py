@@ -28,7 +28,8 @@ from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import Drop, snapshot
 from quiesce.reconstruct.batches import Batches
 from quiesce.reconstruct.loop import Job, _Walk
-from quiesce.reconstruct.optimize import Learned, Step, _batch_order
+from quiesce.reconstruct.optimize import _batch_order
+from quiesce.reconstruct.step import Learned, Step
 
 MEMORY = Memory()
 LINKS = {8: (200e9, 5e-6), 64: (25e9, 15e-6)}

@@ -3,6 +3,7 @@
     pip install ".[models]"
     python benchmarks/speed.py --quick
     python benchmarks/speed.py --networks demo mobilenetv2 resnet18 --steps 500
+    python benchmarks/speed.py --device cuda --networks mobilenetv2 resnet18 resnet50_224 --steps 200
 
 Both do the same work: every block of a network, the same number of steps, batch, bits, dtype and threads. The baseline
 (benchmarks/plain_loop.py) is checked to give the same losses for the same draws. Weights are random, with batch-norm
@@ -17,12 +18,14 @@ import argparse
 import copy
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,20 +44,27 @@ from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import Drop, restore
 from quiesce.reconstruct.batches import Batches, Problem
 from quiesce.reconstruct.loop import _Walk
-from quiesce.reconstruct.optimize import Learned, Step, _batch_order, optimize
+from quiesce.reconstruct.optimize import _batch_order, optimize
+from quiesce.reconstruct.step import Learned, Step
 from quiesce.reconstruct.streams import Network
 from quiesce.result import hardware, versions
 
 OUT = Path(__file__).parent / "results" / "speed.json"
-VARIANTS = ("baseline", "eager", "fused", "bf16", "fewer")
-"""The loop of the references, and Quiesce's: as separate operators, as compiled kernels, these with convolutions and
-products in bfloat16, and these with a part of the steps."""
+VARIANTS = ("baseline", "eager", "graph", "fused", "bf16", "fewer")
+"""The loop of the references, and Quiesce's: as separate operators, these captured as a CUDA graph, as compiled kernels
+(on a GPU captured as well), these with convolutions and products in bfloat16, and these with a part of the steps."""
 FEWER = 4
 """Times fewer steps."""
-FLOOR = ("convolution", "mm", "bmm", "linear")
+FLOOR = re.compile("convolution|mm$|bmm|linear")
 """Operators that no loop can do without: their part of a step is the floor."""
+FLOOR_ON_GPU = re.compile("conv|gemm|xmma|cutlass|wgrad|dgrad|fprop|winograd|nvjet", re.IGNORECASE)
+"""Kernels that these launch, by their names…"""
+MOVING = re.compile("nchwToNhwc|nhwcToNchw|transform|copy|convert", re.IGNORECASE)
+"""…unless they only move or convert."""
 CHECKED_STEPS, TOLERANCE = 5, 1e-6
-PROFILED_STEPS = 3
+PROFILED_STEPS = {"cpu": 3, "cuda": 50}
+STAMPED_STEPS = {"cpu": 1, "cuda": 25}
+"""Steps between two looks at the clock: a GPU is waited for at each."""
 
 
 @dataclass
@@ -72,7 +82,7 @@ class Row:
     """The same at the median time of each unit's steps: what is left when compilation is long past."""
     steps_per_second: float
     peak_mib: float
-    """Most resident memory while it ran."""
+    """Most resident memory while it ran; on a GPU, what torch allocated there at most."""
     floor_share: float
     """Share of operators' time that convolutions and products took."""
     seconds_by_unit: dict[str, float]
@@ -80,15 +90,17 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=sorted(NETWORKS))
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["mobilenetv2", "resnet18"])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--preset", default="qdrop-fast")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=("baseline", "fused", "bf16", "fewer"))
     parser.add_argument("--quick", action="store_true", help="one network, few steps: 5 minutes on two cores")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--out", type=Path, help="default: speed.json or, on a GPU, speed_cuda.json in results/")
     options = parser.parse_args()
+    options.out = options.out or OUT.with_name("speed_cuda.json" if options.device.type == "cuda" else OUT.name)
     if options.quick:
         options.networks, options.variants, options.steps = ["mobilenetv2"], ["baseline", "fused"], 100
         options.out = Path("runs/speed-quick.json")
@@ -99,7 +111,7 @@ def main() -> None:
         "images": options.images,
         "threads": options.threads,
         "versions": versions(),
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": hardware(options.device),
         "rows": [],
         "checks": [],
         "caching": [],
@@ -125,6 +137,7 @@ def empty_compiler_cache() -> Iterator[None]:
 
 def measure_network(name: str, options: argparse.Namespace, record: dict[str, Any]) -> None:
     network, images = NETWORKS[name](options.images)
+    network, images = network.to(options.device), images.to(options.device)
     recipe = Recipe.preset(
         options.preset,
         weight_bits=2,
@@ -142,14 +155,14 @@ def measure_network(name: str, options: argparse.Namespace, record: dict[str, An
     times: dict[str, dict[str, list[float]]] = {v: {} for v in options.variants}
     peaks = dict.fromkeys(options.variants, 0.0)
     shares: dict[str, list[tuple[float, float]]] = {v: [] for v in options.variants}
-    walk = _Walk(_job(prepared, recipe, Memory()))
+    walk = _Walk(_job(prepared, recipe, Memory(prepared.device)))
     for unit in prepared.modules:
         problem = walk._problem(unit)
         for variant in options.variants:
-            forget_peak()
+            forget_peak(options.device)
             own = recipe.with_settings(steps=steps_of(variant, options.steps))
             times[variant][unit.name] = time_steps(variant, problem, own, weight)
-            peaks[variant] = max(peaks[variant], peak_mib())
+            peaks[variant] = max(peaks[variant], peak_mib(options.device))
             shares[variant].append(profile(variant, problem, recipe, weight))
             restore(prepared.graph, prepared.initial)
         walk.advance(unit.stop)
@@ -180,39 +193,72 @@ def steps_of(variant: str, steps: int) -> int:
     return max(1, steps // FEWER) if variant == "fewer" else steps
 
 
+class Stamps:
+    """Time of steps, by the clock after each, or on a GPU after some."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.every = device, STAMPED_STEPS[device.type]
+        self.steps, self.stamps = 0, [self.now()]
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps % self.every == 0:
+            self.stamps.append(self.now())
+
+    def seconds(self) -> list[float]:
+        """Return the seconds of each step; of those between two looks at the clock, the mean."""
+        return [(b - a) / self.every for a, b in pairwise(self.stamps) for _ in range(self.every)]
+
+
 def time_steps(variant: str, problem: Problem, recipe: Recipe, weight: float) -> list[float]:
     """Return the seconds of each step."""
     assert recipe.reconstruction is not None
-    steps = recipe.reconstruction.steps
-    stamps = [time.perf_counter()]
+    steps, device = recipe.reconstruction.steps, problem.device.type
+    stamps = Stamps(problem.device)
     if variant == "baseline":
         loop = PlainLoop(problem, recipe.reconstruction, steps, weight)
         for _ in range(steps):
             loop.take()
-            stamps.append(time.perf_counter())
+            stamps.step()
     else:
-        with torch.autocast("cpu", torch.bfloat16) if variant == "bf16" else nullcontext():
-            optimize(
+        with torch.autocast(device, torch.bfloat16) if variant == "bf16" else nullcontext():
+            course = optimize(
                 problem,
                 recipe.reconstruction,
                 steps=steps,
                 regularizer_weight=weight,
                 warm=(),
                 seed=recipe.seed,
-                on_step=lambda: stamps.append(time.perf_counter()),
-                fused=variant != "eager",
+                on_step=stamps.step,
+                fused=variant not in ("eager", "graph"),
+                graphs=variant != "eager",
             )
-    return [b - a for a, b in pairwise(stamps)]
+        if device == "cuda" and variant != "eager" and course.cuda_graph != "captured":
+            raise SystemExit(f"{problem.name}: its steps could not be captured: {course.cuda_graph}")
+    return stamps.seconds()
 
 
 def profile(variant: str, problem: Problem, recipe: Recipe, weight: float) -> tuple[float, float]:
-    """Return the time of convolutions and products in a few steps, and that of all operators."""
-    few = recipe.with_settings(steps=PROFILED_STEPS)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
+    """Return the time of convolutions and products in a few steps, and that of all operators, or kernels of a GPU."""
+    few = recipe.with_settings(steps=PROFILED_STEPS[problem.device.type])
+    on_gpu = problem.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], acc_events=True) as found:
         time_steps(variant, problem, few, weight)
     events = found.key_averages()
-    floor = sum(e.self_cpu_time_total for e in events if any(word in e.key for word in FLOOR))
-    return floor, sum(e.self_cpu_time_total for e in events)
+    spent = [(e.key, e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in events]
+    return sum(t for name, t in spent if is_floor(name, on_gpu)), sum(t for _, t in spent)
+
+
+def is_floor(name: str, on_gpu: bool) -> bool:
+    if on_gpu:
+        return FLOOR_ON_GPU.search(name) is not None and MOVING.search(name) is None
+    return FLOOR.search(name) is not None
 
 
 def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) -> list[dict[str, Any]]:
@@ -223,7 +269,7 @@ def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) 
     prepared = prepare(copy.deepcopy(network).double(), few, recipe)
     weight = regularizer_weight(prepared.graph, recipe)
     assert weight is not None
-    walk, rows = _Walk(_job(prepared, recipe, Memory())), []
+    walk, rows = _Walk(_job(prepared, recipe, Memory(prepared.device))), []
     for unit in prepared.modules:
         problem = walk._problem(unit)
         drop = Drop(settings.drop_prob, Draws(recipe.seed, problem.device)) if settings.drop_prob else None
@@ -244,13 +290,13 @@ def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) 
 
 def time_caching(name: str, prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     """Time what units are fed, made as the references do, from the network's start for each, and carried along."""
-    job = _job(prepared, recipe, Memory())
+    job = _job(prepared, recipe, Memory(prepared.device))
     began = time.perf_counter()
     walk = _Walk(job)
     for unit in prepared.modules:
         walk.advance(unit.stop)
     carried = time.perf_counter() - began
-    network, batch = Network(prepared.graph, Memory()), recipe.calibration_batch
+    network, batch = Network(prepared.graph, Memory(prepared.device)), recipe.calibration_batch
     began = time.perf_counter()
     for unit in prepared.modules:
         for quantized in (True, False):
@@ -259,11 +305,16 @@ def time_caching(name: str, prepared: Prepared, recipe: Recipe) -> dict[str, Any
     return {"network": name, "from_the_start": time.perf_counter() - began, "carried": carried}
 
 
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_mib() -> float:
+def peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     line = next(t for t in Path("/proc/self/status").read_text().splitlines() if t.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
@@ -272,9 +323,9 @@ def _demo(images: int) -> tuple[nn.Module, Tensor]:
     return load_network(), load_images()[0][:images]
 
 
-def _with_statistics(network: nn.Module, images: int) -> tuple[nn.Module, Tensor]:
+def _with_statistics(network: nn.Module, images: int, side: int) -> tuple[nn.Module, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    given = torch.randn(images, 3, 64, 64, generator=generator)
+    given = torch.randn(images, 3, side, side, generator=generator)
     network.train()
     with torch.no_grad():
         for _ in range(20):
@@ -282,24 +333,28 @@ def _with_statistics(network: nn.Module, images: int) -> tuple[nn.Module, Tensor
     return network.eval(), given
 
 
-def _mobilenetv2(images: int) -> tuple[nn.Module, Tensor]:
+def _mobilenetv2(side: int, images: int) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return _with_statistics(torchvision.models.mobilenet_v2(num_classes=100), images)
+    return _with_statistics(torchvision.models.mobilenet_v2(num_classes=100), images, side)
 
 
-def _resnet18(images: int) -> tuple[nn.Module, Tensor]:
+def _resnet(depth: int, side: int, images: int) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    network = torchvision.models.resnet18(num_classes=100)
-    network.maxpool = nn.Identity()
-    return _with_statistics(network, images)
+    network = getattr(torchvision.models, f"resnet{depth}")(num_classes=100)
+    if side < 224:
+        network.maxpool = nn.Identity()
+    return _with_statistics(network, images, side)
 
 
 NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
     "demo": _demo,
-    "mobilenetv2": _mobilenetv2,
-    "resnet18": _resnet18,
+    "mobilenetv2": partial(_mobilenetv2, 64),
+    "resnet18": partial(_resnet, 18, 64),
+    "mobilenetv2_224": partial(_mobilenetv2, 224),
+    "resnet18_224": partial(_resnet, 18, 224),
+    "resnet50_224": partial(_resnet, 50, 224),
 }
-"""Networks with their images: 28×28 for the demo, 64×64 with one early stride less than usual for the others."""
+"""Networks with their images: 28×28 for the demo, 64×64 with one early stride less than usual, and 224×224."""
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from quiesce.recipe import Recipe
 from quiesce.reconstruct import optimize as optimizing
 from quiesce.reconstruct.batches import Batches, Problem
 from quiesce.reconstruct.loop import _Walk
-from quiesce.reconstruct.optimize import Learned, Step, optimize
+from quiesce.reconstruct.optimize import optimize
+from quiesce.reconstruct.step import Learned, Step
 from quiesce.result import Result
 from tiny import Chain, images, recipe
 from transformer import transformer

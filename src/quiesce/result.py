@@ -39,6 +39,8 @@ class UnitRecord:
     """True when the unit was optimized before the run was interrupted and begun again."""
     micro_batch: int | None = None
     """Images that its steps worked on at a time, adding up to the same batch, where memory had no room for a batch."""
+    cuda_graph: str | None = None
+    """How its steps were launched on a GPU: "captured", as a CUDA graph, or "eager", and why; None elsewhere."""
 
 
 @dataclass

@@ -35,7 +35,8 @@ from quiesce.recipe import Recipe
 from quiesce.reconstruct.batches import Batch, Problem
 from quiesce.reconstruct.loop import _Walk
 from quiesce.reconstruct.losses import squared_error
-from quiesce.reconstruct.optimize import Learned, Step, optimize
+from quiesce.reconstruct.optimize import optimize
+from quiesce.reconstruct.step import Learned, Step
 from small_nets import call
 from tiny import job, recipe
 
@@ -243,7 +244,7 @@ def check_gradients(problem: Problem, prepared: Prepared, settings: Recipe, entr
     names = {id(q): n for n, q in fake_quantizers(prepared.graph).items()}
     try:
         step = Step(problem, settings.reconstruction, learned, drop, 0.0, 1)
-        step.loss(0, Batch.of(problem, torch.arange(BATCH))).backward()
+        step.loss(torch.tensor(0), Batch.of(problem, torch.arange(BATCH))).backward()
         gradients = {names[id(q)]: q.rounding.V.grad for q in learned.weights if q.rounding is not None}
         gradients |= {names[id(q)]: q.scale.grad for q in learned.activations}
     finally:

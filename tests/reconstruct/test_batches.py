@@ -14,13 +14,13 @@ from quiesce.errors import MemoryLimitError
 from quiesce.memory import Memory
 from quiesce.pipeline import Prepared, _job, prepare
 from quiesce.progress import Progress
-from quiesce.quant.fake_quantize import restore, snapshot
+from quiesce.quant.draws import Draws
+from quiesce.quant.fake_quantize import Drop, restore, snapshot
 from quiesce.recipe import Recipe
-from quiesce.reconstruct import optimize as module
 from quiesce.reconstruct.batches import Batch, Batches, Problem
 from quiesce.reconstruct.granular import block_pass
 from quiesce.reconstruct.loop import Pass, _Walk
-from quiesce.reconstruct.optimize import Step
+from quiesce.reconstruct.step import Learned, Step
 from tiny import Chain, images, recipe, same_state
 
 CPU = torch.device("cpu")
@@ -61,13 +61,13 @@ def test_a_tensor_of_both_streams_is_gathered_once(chain: Prepared) -> None:
 def gradients(problem: Problem, settings: Recipe, micro_batch: int) -> tuple[Tensor, list[Tensor]]:
     assert settings.reconstruction is not None
     before = snapshot(problem.module)
-    drop = module.Drop(0.5, module.Draws(3, CPU))
-    learned = module.Learned.attach(problem.module, settings.reconstruction, (), drop)
+    drop = Drop(0.5, Draws(3, CPU))
+    learned = Learned.attach(problem.module, settings.reconstruction, (), drop)
     for variable in learned.variables():
         variable.register_hook(lambda g: g)
     with Batches(problem) as batches:
         step = Step(problem, settings.reconstruction, learned, drop, 0.0, 10, batches, micro_batch)
-        step.rounding_optimizers = step.step_size_optimizers = []
+        step.optimizers = [None, None, None]
         loss = step.take(2, torch.arange(8) * 3)
     found = [v.grad.clone() for v in learned.variables() if v.grad is not None]
     learned.harden()

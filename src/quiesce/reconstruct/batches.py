@@ -57,7 +57,7 @@ class Batch:
 
     @classmethod
     def of(cls, problem: Problem, images: Tensor) -> Batch:
-        """Gather the rows of ``images``, numbers [batch] on the CPU; each tensor once."""
+        """Gather the rows of ``images``, numbers [batch] on the CPU or where the rows are; each tensor once."""
         rows = {id(r): r for r in problem.rows}
         taken = {key: take(r, images) for key, r in rows.items()}
         quantized, unquantized, targets, weights = (
@@ -70,6 +70,22 @@ class Batch:
     @property
     def tensors(self) -> list[Tensor]:
         return [self.images, *self.quantized_inputs, *self.float_inputs, *self.targets, *(self.weights or [])]
+
+    def copy(self) -> Batch:
+        """Return one with tensors of its own; those that are one tensor stay one."""
+        made = {id(t): t.clone() for t in self.tensors}
+        quantized, unquantized, targets, weights = (
+            [made[id(t)] for t in group]
+            for group in (self.quantized_inputs, self.float_inputs, self.targets, self.weights or [])
+        )
+        own = None if self.weights is None else weights
+        return Batch(made[id(self.images)], quantized, unquantized, targets, own)
+
+    def copy_(self, other: Batch) -> None:
+        """Take over the values of ``other``, a batch of as many images of the same problem."""
+        pairs = {id(mine): (mine, theirs) for mine, theirs in zip(self.tensors, other.tensors, strict=True)}
+        for mine, theirs in pairs.values():
+            mine.copy_(theirs)
 
 
 Fetched = tuple[Batch, torch.cuda.Event | None]
@@ -98,6 +114,16 @@ class Batches:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+    @property
+    def ahead(self) -> bool:
+        """True if batches are gathered ahead, from elsewhere than the device."""
+        return self._pool is not None
+
+    def wait(self) -> None:
+        """Wait until what is gathered ahead is there."""
+        for waiting in self._next.values():
+            waiting.result()
 
     def of(self, images: Tensor, following: Tensor | None = None) -> Batch:
         """Return the batch of ``images`` (views of one tensor that stays); then gather that of ``following``."""

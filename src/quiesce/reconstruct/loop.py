@@ -47,6 +47,8 @@ class Job:
     fisher: Tensors | None = None
     kernels: str = "eager"
     """How elementwise maths of steps runs: "fused", as compiled kernels, or "eager", and why."""
+    graphs: bool = True
+    """Steps on a GPU are captured as CUDA graphs where they can be."""
     journal: Journal | None = None
     """Where finished units are kept, and taken over from; None keeps nothing, as in all processes but the first."""
     first: int = 0
@@ -186,7 +188,15 @@ class _Walk:
             began = time.perf_counter()
             course, images = self._learn(whole, steps, warm, progress) if steps else (Course([]), None)
             seconds = time.perf_counter() - began
-            record = UnitRecord(names, steps, seconds, course.curve, returns=course.returns, micro_batch=images)
+            record = UnitRecord(
+                names,
+                steps,
+                seconds,
+                course.curve,
+                returns=course.returns,
+                micro_batch=images,
+                cuda_graph=course.cuda_graph,
+            )
             processes = self.job.network.processes
             if processes.size > 1:
                 processes.check_alike({name: digest_of({name: t}) for name, t in snapshot(module).items()})
@@ -263,6 +273,7 @@ class _Walk:
             on_step=progress.tick,
             fused=job.kernels == "fused",
             micro_batch=micro_batch,
+            graphs=job.graphs,
         )
 
     def _problem(self, unit: Unit) -> Problem:

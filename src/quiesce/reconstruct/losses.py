@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,19 @@ from torch import Tensor
 from quiesce.errors import ModelError
 from quiesce.memory import Rows
 from quiesce.reconstruct.streams import Network, Tensors
+
+
+def reconstruction_loss(
+    outputs: Sequence[Tensor], targets: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Return the squared errors of all outputs, weighted where there are weights, added up."""
+    total = []
+    for i, (output, target) in enumerate(zip(outputs, targets, strict=True)):
+        if weights is None:
+            total.append(squared_error(output, target))
+        else:
+            total.append(weighted_squared_error(output, target, weights[i]))
+    return total[0] if len(total) == 1 else torch.stack(total).sum()
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
