@@ -75,7 +75,7 @@ class Stored:
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """Return rows on the working device: a copy, except for a slice of what lies there as it is worked with."""
         # From pinned memory a GPU copies while it computes.
-        pinned = self.device.type == "cuda"
+        pinned = self.device.type == "cuda" and self.data.device.type == "cpu"
         rows = self.data[index] if isinstance(index, slice) else _selected(self.data, index, pinned)
         return rows.to(self.device, non_blocking=True).to(self.dtype, memory_format=self.layout)
 

@@ -72,10 +72,9 @@ def test_a_run_on_a_gpu_is_repeated_bit_for_bit() -> None:
     assert same_state(first.state, second.state)
 
 
-def problem_of(device: torch.device, settings: Recipe, double: bool = False) -> Problem:
+def problem_of(device: torch.device, settings: Recipe) -> Problem:
     """The second of a network's modules."""
-    net = Chain(2).to(device)
-    prepared = prepare(net.double() if double else net, images(32).to(torch.float64 if double else None), settings)
+    prepared = prepare(Chain(2).to(device), images(32), settings)
     walk = _Walk(_job(prepared, settings, Memory(device)))
     walk.advance(prepared.modules[0].stop)
     return walk._problem(prepared.modules[1])
@@ -96,15 +95,15 @@ def learn(problem: Problem, settings: Recipe, steps: int, **more: object) -> Cou
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [False, True])
-def test_captured_steps_learn_what_a_cpu_does(fused: bool) -> None:
-    """In float64 the losses of a few steps agree; what is rounded differently by then has not spread."""
+def test_captured_steps_learn_what_a_cpu_does(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses of some steps agree, draws included; what is rounded differently by then has not spread."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     settings = recipe(drop_prob=0.5)
     steps = WARM_STEPS + LEAST_STEPS
-    cpu = learn(problem_of(CPU, settings, double=True), settings, steps)
-    gpu = learn(problem_of(GPU, settings, double=True), settings, steps, fused=fused)
+    cpu, gpu = (learn(problem_of(d, settings), settings, steps, fused=fused and d is GPU) for d in (CPU, GPU))
     assert (cpu.cuda_graph, gpu.cuda_graph) == (None, "captured")
-    for (_, there), (_, here) in zip(cpu.curve, gpu.curve, strict=True):
-        assert there == pytest.approx(here, rel=1e-5)
+    for (_, there), (_, here) in zip(cpu.curve[:10], gpu.curve[:10], strict=True):
+        assert there == pytest.approx(here, rel=1e-3)
 
 
 @pytest.mark.gpu

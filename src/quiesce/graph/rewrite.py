@@ -12,6 +12,9 @@ from torch import Tensor, fx, nn
 
 from quiesce.quant.fake_quantize import FakeQuantize, WeightFakeQuantize, fake_quantizers
 
+aten = torch.ops.aten
+RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+
 
 def add_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> str:
     """Register ``tensor`` as a buffer under a :func:`free_name`; returns that."""
@@ -52,6 +55,20 @@ def follow_tensors(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes if device is not None else ():
         if node.op == "call_function":
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), here)
+    gm.recompile()
+    return gm
+
+
+def let_gradients_through(gm: fx.GraphModule) -> fx.GraphModule:
+    """Let recurrent layers run as in training, without dropout, where their tensors are on a GPU; returns ``gm``.
+
+    Results are the same, and cuDNN gives no gradients otherwise.
+    """
+    device = device_of(gm)
+    for node in gm.graph.nodes if device is not None and device.type == "cuda" else ():
+        if node.target in RECURRENT:
+            dropout, train = 5, 6  # places among the arguments
+            node.args = (*node.args[:dropout], 0.0, True, *node.args[train + 1 :])
     gm.recompile()
     return gm
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from torch import Tensor, fx
 
 from quiesce.errors import MemoryLimitError, ModelError
+from quiesce.graph.rewrite import let_gradients_through
 from quiesce.graph.unit import Unit, boundary, joined, reach
 from quiesce.memory import halved, is_out_of_memory
 from quiesce.oscillation.granularity import Groups
@@ -294,7 +295,7 @@ class _Walk:
             for name, q in zip(ends.inputs, quantized, strict=True)
         ]
         return Problem(
-            module=_returning(network.module(unit.start, unit.stop), outputs),
+            module=let_gradients_through(_returning(network.module(unit.start, unit.stop), outputs)),
             images=job.images,
             quantized_inputs=quantized,
             float_inputs=float_inputs,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quiesce.errors import ModelError
+from quiesce.graph.rewrite import let_gradients_through
 from quiesce.memory import Rows
 from quiesce.reconstruct.streams import Network, Tensors
 
@@ -101,7 +102,7 @@ def _with_taps(network: Network, names: set[str]) -> tuple[torch.nn.Module, list
             mapped[node] = mapped[node.args[0]]
         else:
             mapped[node] = graph.node_copy(node, mapped.__getitem__)
-    return fx.GraphModule(network.gm, graph), [n.name for n in order]
+    return let_gradients_through(fx.GraphModule(network.gm, graph)), [n.name for n in order]
 
 
 def _check_logits(logits: Tensor, network: Network) -> None:
