@@ -136,8 +136,7 @@ def empty_compiler_cache() -> Iterator[None]:
 
 
 def measure_network(name: str, options: argparse.Namespace, record: dict[str, Any]) -> None:
-    network, images = NETWORKS[name](options.images)
-    network, images = network.to(options.device), images.to(options.device)
+    network, images = NETWORKS[name](options.images, options.device)
     recipe = Recipe.preset(
         options.preset,
         weight_bits=2,
@@ -319,34 +318,34 @@ def peak_mib(device: torch.device) -> float:
     return int(line.split()[1]) / 1024
 
 
-def _demo(images: int) -> tuple[nn.Module, Tensor]:
-    return load_network(), load_images()[0][:images]
+def _demo(images: int, device: torch.device) -> tuple[nn.Module, Tensor]:
+    return load_network().to(device), load_images()[0][:images].to(device)
 
 
-def _with_statistics(network: nn.Module, images: int, side: int) -> tuple[nn.Module, Tensor]:
+def _with_statistics(network: nn.Module, side: int, images: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    given = torch.randn(images, 3, side, side, generator=generator)
-    network.train()
+    given = torch.randn(images, 3, side, side, generator=generator).to(device)
+    network.to(device).train()
     with torch.no_grad():
         for _ in range(20):
             network(given[:32])
     return network.eval(), given
 
 
-def _mobilenetv2(side: int, images: int) -> tuple[nn.Module, Tensor]:
+def _mobilenetv2(side: int, images: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return _with_statistics(torchvision.models.mobilenet_v2(num_classes=100), images, side)
+    return _with_statistics(torchvision.models.mobilenet_v2(num_classes=100), side, images, device)
 
 
-def _resnet(depth: int, side: int, images: int) -> tuple[nn.Module, Tensor]:
+def _resnet(depth: int, side: int, images: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     network = getattr(torchvision.models, f"resnet{depth}")(num_classes=100)
     if side < 224:
         network.maxpool = nn.Identity()
-    return _with_statistics(network, images, side)
+    return _with_statistics(network, side, images, device)
 
 
-NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
+NETWORKS: dict[str, Callable[[int, torch.device], tuple[nn.Module, Tensor]]] = {
     "demo": _demo,
     "mobilenetv2": partial(_mobilenetv2, 64),
     "resnet18": partial(_resnet, 18, 64),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,10 +47,11 @@ def test_compiled_random_words_are_the_same_numbers(rows: int, count: int) -> No
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs_are_mixed_as_bytes_say(layout: str) -> None:
     q, f = (laid_out(torch.randn(3, 4, 5, 6), layout) for _ in range(2))
-    random = torch.randint(0, 256, (q.numel(),), dtype=torch.uint8)
+    key = kernels.Key(torch.arange(3), 5)
+    random = kernels.random_bytes(key, q.numel(), fused=False)
     share = torch.tensor(90.0)
-    fused = kernels.mixed(q, f, random, share, fused=True)
-    assert torch.equal(fused, kernels.mixed(q, f, random, share, fused=False))
+    fused = kernels.mixed(q, f, key, share, fused=True)
+    assert torch.equal(fused, kernels.mixed(q, f, key, share, fused=False))
     assert fused.stride() == q.stride()
     assert (fused == f).float().mean() == pytest.approx((random < 90).float().mean())
 
@@ -59,10 +64,11 @@ def test_fake_quantize_and_its_gradients_are_lsqs(layout: str, dropped: bool, cl
     x = laid_out(torch.randn(4, 3, 6, 5), layout).requires_grad_()
     scale = torch.tensor(0.17, requires_grad=True)
     low, high, share = -3.0, 6.0, 100
-    random = torch.randint(0, 256, (x.numel(),), dtype=torch.uint8) if dropped else None
+    key = kernels.Key(torch.arange(4), 5) if dropped else None
+    random = None if key is None else kernels.random_bytes(key, x.numel(), fused=False)
     numbers = torch.tensor([low, high, *clip, float(share)])
     grad = torch.randn_like(x)
-    y = kernels.fused_fake_quantize(x, scale, numbers, random)
+    y = kernels.fused_fake_quantize(x, scale, numbers, key)
     y.backward(grad)
 
     values, s = in_memory(x).astype(np.float64), scale.item()
@@ -121,3 +127,24 @@ def test_a_kernel_is_compiled_once_for_all_shapes() -> None:
     for shape in ((4, 4, 9), (17, 5), (2, 8, 16, 16)):
         kernels.fused_fake_quantize(torch.randn(shape), scale, numbers, None)
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_of_the_loss_lies_as_what_it_is_of(layout: str) -> None:
+    student, teacher = (laid_out(torch.randn(3, 4, 5, 6, dtype=torch.float64), layout) for _ in range(2))
+    student.requires_grad_()
+    loss = kernels.sum_of_squares(student, teacher, fused=True)
+    (0.5 * loss).backward()
+    difference = student.detach().numpy() - teacher.numpy()
+    assert loss.item() == pytest.approx((difference**2).sum())
+    assert student.grad is not None and student.grad.stride() == student.stride()
+    np.testing.assert_allclose(student.grad.numpy(), difference)
+
+
+def test_kernels_for_gpus_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton")
+    file = Path(__file__).with_name("test_gpu_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout

@@ -24,19 +24,22 @@ class Draws:
 
     def begin(self, step: Tensor, images: Tensor) -> None:
         """Draw for ``step`` (int64, 0-dim) and ``images`` (their numbers, int64 [batch]) from now on."""
-        self._images = kernels.mix64(kernels.mix64(self._key + step * kernels.GOLDEN) + images * kernels.GOLDEN)
+        self._images = kernels.image_keys(self._key, step, images, fused=self.fused)
 
-    def bytes(self, number: int, like: Tensor) -> Tensor:
-        """Return a random byte for each element of ``like``, flat, in the order of its memory, for tensor ``number``.
+    def key(self, number: int, like: Tensor) -> kernels.Key:
+        """Return what the bytes of tensor ``number`` are made from: one for each element of ``like``, in the order of
+        its memory.
 
         ``like`` holds the batch's images one after another; a tensor that does not shares its draws among them.
         """
         images = self._images
         if like.ndim == 0 or like.shape[0] % len(images) or not _is_outermost(like):
             images = images.sum().view(1)
-        each = like.numel() // len(images)
-        words = kernels.random_words(images + _signed(number * kernels.GOLDEN), -(-each // 8), fused=self.fused)
-        return words.view(torch.uint8)[:, :each].reshape(-1)
+        return kernels.Key(images, _signed(number * kernels.GOLDEN))
+
+    def bytes(self, number: int, like: Tensor) -> Tensor:
+        """Return these bytes, flat."""
+        return kernels.random_bytes(self.key(number, like), like.numel(), fused=self.fused)
 
 
 def _is_outermost(x: Tensor) -> bool:

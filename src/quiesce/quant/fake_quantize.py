@@ -114,10 +114,10 @@ class Drop:
     def mix(self, number: int, quantized: Tensor, unquantized: Tensor) -> Tensor:
         """Return, element by element, ``unquantized`` with probability ``prob``, else ``quantized``: tensor ``number``
         of the unit."""
-        random = self.draws.bytes(number, quantized)
+        key = self.draws.key(number, quantized)
         needs_grad = quantized.requires_grad or unquantized.requires_grad
         fused = self.draws.fused and not (needs_grad and torch.is_grad_enabled())
-        return mixed(quantized, unquantized, random, self.share, fused=fused)
+        return mixed(quantized, unquantized, key, self.share, fused=fused)
 
 
 class ActivationFakeQuantize(nn.Module):
@@ -200,8 +200,8 @@ class _Learning:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.numbers is not None and is_dense(x):
-            random = None if self.drop is None else self.drop.draws.bytes(self.number, x)
-            return fused_fake_quantize(x, self.scale, self.numbers, random)
+            key = None if self.drop is None else self.drop.draws.key(self.number, x)
+            return fused_fake_quantize(x, self.scale, self.numbers, key)
         x = x if self.clip == NO_CLIP else x.clamp(*self.clip)
         quantized = self.grid.learned(x, self.scale, self.zero_point, self.spec)
         return quantized if self.drop is None else self.drop.mix(self.number, quantized, x)

@@ -1,16 +1,18 @@
-"""Elementwise maths of an optimization step, each as one pass over memory where torch.compile finds a compiler.
+"""Elementwise maths of an optimization step, each as one pass over memory where a compiler is found.
 
-A kernel takes flat tensors, so that it is compiled once and serves every layer: :func:`in_memory_order` gives the flat
-view of a tensor without gaps. Numbers that change are tensors, as a number would be compiled in. Eager, the same
-functions run operator by operator.
+On a CPU that is torch.compile's. A kernel takes flat tensors, so that it is compiled once and serves every layer:
+:func:`in_memory_order` gives the flat view of a tensor without gaps. Numbers that change are tensors, as a number would
+be compiled in. On a GPU it is Triton's (:mod:`quiesce.quant.gpu_kernels`). Eager, the same functions run operator by
+operator.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +29,12 @@ GOLDEN = -0x61C8864680B583EB
 def problem(device: torch.device) -> str | None:
     """Return why kernels can't be fused on ``device``, or None if they can: tries one."""
     numbers = torch.arange(4, device=device)
+    key, step = numbers[1], numbers[2]
     try:
-        same = torch.equal(random_words(numbers, 8, fused=True), random_words(numbers, 8, fused=False))
+        same = all(
+            torch.equal(make(fused=True), make(fused=False))
+            for make in (partial(random_words, numbers, 8), partial(image_keys, key, step, numbers))
+        )
     except Exception as error:  # whatever the compiler, or a missing one, raises
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return None if same else "a compiled kernel gave other numbers than torch"
@@ -41,6 +47,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _kernel(function: Callable[..., Any], fused: bool) -> Callable[..., Any]:
     return _compiled(function) if fused else function
+
+
+def _gpu() -> ModuleType:
+    from quiesce.quant import gpu_kernels
+
+    return gpu_kernels
 
 
 def is_dense(x: Tensor) -> bool:
@@ -74,9 +86,34 @@ def mix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1_FFFF_FFFF)
 
 
+class Key(NamedTuple):
+    """What the random bytes of one tensor are made from."""
+
+    images: Tensor
+    """A key [n] for each of its n parts: the rows of its images, or all of it."""
+    number: int
+    """Its own, a signed 64-bit number."""
+
+
+def image_keys(key: Tensor, step: Tensor, images: Tensor, *, fused: bool) -> Tensor:
+    """Return the keys of ``images`` (int64 [n]) in a step (0-dim), by the ``key`` of all (0-dim)."""
+    if fused and key.is_cuda:
+        keys: Tensor = _gpu().image_keys(key, step, images)
+        return keys
+    return mix64(mix64(key + step * GOLDEN) + images * GOLDEN)
+
+
+def random_bytes(key: Key, count: int, *, fused: bool) -> Tensor:
+    """Return ``count`` random bytes, as many for each of the key's parts: uint8 [count]."""
+    each = count // len(key.images)
+    words = random_words(key.images + key.number, -(-each // 8), fused=fused)
+    return words.view(torch.uint8)[:, :each].reshape(-1)
+
+
 def random_words(keys: Tensor, count: int, *, fused: bool) -> Tensor:
     """Return ``count`` random 64-bit numbers for each of ``keys`` (int64 [rows]): int64 [rows, count]."""
-    words: Tensor = _kernel(_random_words, fused)(keys, torch.arange(count, device=keys.device))
+    index = torch.arange(count, device=keys.device)
+    words: Tensor = _kernel(_random_words, fused and not keys.is_cuda)(keys, index)
     return words
 
 
@@ -87,13 +124,19 @@ def _random_words(keys: Tensor, index: Tensor) -> Tensor:
 # ---- activations -------------------------------------------------------------------------------------------------
 
 
-def mixed(quantized: Tensor, unquantized: Tensor, random: Tensor, share: Tensor, *, fused: bool) -> Tensor:
-    """Return ``unquantized`` where the ``random`` bytes (flat) are below ``share`` (0-dim), else ``quantized``.
+def mixed(quantized: Tensor, unquantized: Tensor, key: Key, share: Tensor, *, fused: bool) -> Tensor:
+    """Return ``unquantized`` where the random bytes of ``key`` are below ``share`` (0-dim), else ``quantized``.
 
     Not differentiable when ``fused``, which takes two tensors that lie alike in memory without gaps.
     """
-    if fused and is_dense(quantized) and quantized.stride() == unquantized.stride():
-        flat: Tensor = _compiled(_mixed)(in_memory_order(quantized), in_memory_order(unquantized), random, share)
+    fused = fused and is_dense(quantized) and quantized.stride() == unquantized.stride()
+    flat: Tensor
+    if fused and quantized.is_cuda:
+        flat = _gpu().mixed(quantized, unquantized, share, *key)
+        return flat
+    random = random_bytes(key, quantized.numel(), fused=fused)
+    if fused:
+        flat = _compiled(_mixed)(in_memory_order(quantized), in_memory_order(unquantized), random, share)
         return flat.as_strided(quantized.shape, quantized.stride())
     dropped = (random < share).to(quantized.dtype)
     strides = torch.empty_like(quantized, device="meta").stride()
@@ -104,18 +147,38 @@ def _mixed(quantized: Tensor, unquantized: Tensor, random: Tensor, share: Tensor
     return torch.where(random.to(quantized.dtype) < share, unquantized, quantized)
 
 
-def fused_fake_quantize(x: Tensor, scale: Tensor, numbers: Tensor, random: Tensor | None) -> Tensor:
-    """Return clip(x, c₀, c₁) fake-quantized with one scale (0-dim), or as it is where ``random`` bytes say so.
+def fused_fake_quantize(x: Tensor, scale: Tensor, numbers: Tensor, key: Key | None) -> Tensor:
+    """Return clip(x, c₀, c₁) fake-quantized with one scale (0-dim), or as it is where random bytes say so.
 
     Args:
         x: dense (:func:`is_dense`).
         scale: of the grid ``scale · {low, …, high}``; differentiated by as in LSQ (arXiv 1902.08153, eq. 3).
         numbers: ``[low, high, c₀, c₁, share]``: the grid's ends less the zero point, the clipping in front of it (±∞
             for none), and the number of 256 bytes that leave an element unquantized (QDrop).
-        random: a byte for each element (flat), or None for no drop.
+        key: of the random bytes, or None for no drop.
     """
-    result: Tensor = _FusedFakeQuantize.apply(x, scale, numbers, random)
+    result: Tensor
+    if x.is_cuda:
+        result = _GpuFakeQuantize.apply(x, scale, numbers, *(key or (None, 0)))
+    else:
+        random = None if key is None else random_bytes(key, x.numel(), fused=True)
+        result = _FusedFakeQuantize.apply(x, scale, numbers, random)
     return result
+
+
+class _GpuFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, numbers: Tensor, keys: Tensor | None, number: int) -> Tensor:
+        ctx.save_for_backward(x, scale, numbers, keys)
+        ctx.number = number
+        return _gpu().fake_quantize(x, scale, numbers, keys, number)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, numbers, keys = ctx.saved_tensors
+        grad = alike(grads[0], x)
+        to_x, to_scale = _gpu().fake_quantize_gradients(grad, x, scale, numbers, keys, ctx.number)
+        return to_x, to_scale, None, None, None
 
 
 class _FusedFakeQuantize(torch.autograd.Function):
@@ -183,6 +246,8 @@ class _FusedSoftWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, V: Tensor, base: Tensor, zero_point: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(V, base, scale, ends)
+        if V.is_cuda:
+            return _gpu().soft_weight(V, alike(base, V), zero_point, scale, ends)  # type: ignore[no-any-return]
         rows = scale.numel()
         flat = _compiled(_soft_weight)(
             _rows(V, rows), _rows(base, rows), _rows(zero_point, rows), _rows(scale, rows), ends
@@ -192,6 +257,14 @@ class _FusedSoftWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         V, base, scale, ends = ctx.saved_tensors
+        if V.is_cuda:
+            return (
+                _gpu().soft_weight_gradient(alike(grads[0], V), V, alike(base, V), scale, ends),
+                None,
+                None,
+                None,
+                None,
+            )
         rows = scale.numel()
         flat = _compiled(_soft_weight_gradient)(
             _rows(alike(grads[0], V), rows), _rows(V, rows), _rows(base, rows), _rows(scale, rows), ends
@@ -230,6 +303,8 @@ def penalty_gradient(V: Tensor, grad: Tensor, beta: Tensor, weight: Tensor, *, f
     """Return ``grad`` plus the gradient by ``V`` of weight · Σ (1 − |2h(V) − 1|^β) (AdaRound, eq. 24)."""
     if not (fused and is_dense(V)):
         return _penalty_gradient(V, grad, beta, weight)
+    if V.is_cuda:
+        return _gpu().penalty_gradient(V, alike(grad, V), beta, weight)  # type: ignore[no-any-return]
     flat = _compiled(_penalty_gradient)(in_memory_order(V), in_memory_order(alike(grad, V)), beta, weight)
     return flat.as_strided(V.shape, V.stride())  # type: ignore[no-any-return]
 
@@ -238,3 +313,37 @@ def _penalty_gradient(V: Tensor, grad: Tensor, beta: Tensor, weight: Tensor) -> 
     distance = 2.0 * soft_rounding(V) - 1.0
     slope = distance.abs().pow(beta - 1.0) * distance.sign() * _slope(V)
     return grad - (2.0 * weight * beta) * slope
+
+
+# ---- loss --------------------------------------------------------------------------------------------------------
+
+
+def sum_of_squares(student: Tensor, teacher: Tensor, *, fused: bool) -> Tensor:
+    """Return Σ (student − teacher)² (0-dim), differentiable by ``student``."""
+    if fused and is_dense(student) and student.stride() == teacher.stride():
+        result: Tensor = _FusedSumOfSquares.apply(student, teacher)
+        return result
+    return torch.nn.functional.mse_loss(student, teacher, reduction="sum")
+
+
+class _FusedSumOfSquares(torch.autograd.Function):
+    """Its gradient lies in memory as ``student`` does; that of torch's own loss, row by row, would be copied."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        if student.is_cuda:
+            return _gpu().squares(student, teacher)  # type: ignore[no-any-return]
+        return torch.nn.functional.mse_loss(student, teacher, reduction="sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher = ctx.saved_tensors
+        if student.is_cuda:
+            return _gpu().squares_gradient(student, teacher, grads[0]), None
+        flat = _compiled(_squares_gradient)(in_memory_order(student), in_memory_order(teacher), grads[0])
+        return flat.as_strided(student.shape, student.stride()), None
+
+
+def _squares_gradient(student: Tensor, teacher: Tensor, grad: Tensor) -> Tensor:
+    return (student - teacher) * (2.0 * grad)

@@ -11,25 +11,33 @@ from torch import Tensor
 from quiesce.errors import ModelError
 from quiesce.graph.rewrite import let_gradients_through
 from quiesce.memory import Rows
+from quiesce.quant.kernels import sum_of_squares
 from quiesce.reconstruct.streams import Network, Tensors
 
 
 def reconstruction_loss(
-    outputs: Sequence[Tensor], targets: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+    outputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+    *,
+    fused: bool = False,
 ) -> Tensor:
-    """Return the squared errors of all outputs, weighted where there are weights, added up."""
+    """Return the squared errors of all outputs, weighted where there are weights, added up.
+
+    ``fused`` runs what is not weighted as compiled kernels.
+    """
     total = []
     for i, (output, target) in enumerate(zip(outputs, targets, strict=True)):
         if weights is None:
-            total.append(squared_error(output, target))
+            total.append(squared_error(output, target, fused=fused))
         else:
             total.append(weighted_squared_error(output, target, weights[i]))
     return total[0] if len(total) == 1 else torch.stack(total).sum()
 
 
-def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+def squared_error(student: Tensor, teacher: Tensor, *, fused: bool = False) -> Tensor:
     """Return Σ over channels (axis 1) of (ŷ − y)², averaged over images and positions (AdaRound's and BRECQ's code)."""
-    return torch.nn.functional.mse_loss(student, teacher, reduction="sum") * (_channels(student) / student.numel())
+    return sum_of_squares(student, teacher, fused=fused) * (_channels(student) / student.numel())
 
 
 def weighted_squared_error(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def optimize(
     learned = Learned.attach(problem.module, recipe, warm, drop, fused=fused, clips=clips)
     try:
         with on_a_stream(problem.device), Batches(problem) as batches:
-            step = Step(problem, recipe, learned, drop, regularizer_weight, steps, batches, micro_batch)
+            step = Step(problem, recipe, learned, drop, regularizer_weight, steps, batches, micro_batch, fused)
             return _run(step, seed, on_step, graphs)
     finally:
         learned.harden()

@@ -131,8 +131,13 @@ class Step:
         steps: int,
         batches: Batches | None = None,
         micro_batch: int | None = None,
+        fused: bool = False,
     ) -> None:
-        """``micro_batch`` images are worked on at a time, None: all of a batch; ``batches`` gathers them ahead."""
+        """``micro_batch`` images are worked on at a time, None: all of a batch; ``batches`` gathers them ahead.
+
+        ``fused`` computes the loss in a compiled kernel.
+        """
+        self.fused = fused
         self.batches = batches or Batches(problem)
         self.micro_batch = micro_batch or recipe.batch_size
         self.problem, self.learned, self.drop, self.steps = problem, learned, drop, steps
@@ -198,7 +203,7 @@ class Step:
         # Activations are numbered 0, 1, …, and inputs −1, −2, …
         for i, (q, f) in enumerate(zip(batch.quantized_inputs, batch.float_inputs, strict=True)):
             inputs.append(q if drop is None or q is f else drop.mix(-1 - i, q, f))
-        return reconstruction_loss(self.problem.module(*inputs), batch.targets, batch.weights)
+        return reconstruction_loss(self.problem.module(*inputs), batch.targets, batch.weights, fused=self.fused)
 
     def state(self) -> list[Tensor]:
         """Return a copy of all that steps change."""
