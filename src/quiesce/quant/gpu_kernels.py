@@ -243,8 +243,7 @@ def _penalty_kernel(V, grad, beta, weight, out, count, BLOCK: tl.constexpr):
     exponent = tl.load(beta)
     share = _sigmoid(tl.load(V + at, mask=there, other=0.0))
     distance = 2.0 * _soft_rounding(share) - 1.0
-    size = tl.abs(distance)
-    power = tl.where(size > 0.0, tl.exp2((exponent - 1.0) * tl.log2(size)), 0.0)
+    power = tl.exp2((exponent - 1.0) * tl.log2(tl.maximum(tl.abs(distance), 1e-30)))  # 0 has no logarithm
     slope = tl.where(distance < 0.0, -power, power) * _slope(share)
     back = tl.load(grad + at, mask=there, other=0.0) - 2.0 * tl.load(weight) * exponent * slope
     tl.store(out + at, back, mask=there)
