@@ -4,9 +4,9 @@
     python benchmarks/memory.py
 
 Each row is a process of its own: a torchvision network with random weights and random images is reconstructed for a few
-steps a block. Memory is the process's anonymous memory above what it took when the images were made. Rows alternate, so
-that whatever else the machine does falls on all of them. ``--plan`` only computes where the streams of a large run
-would go; nothing is run.
+steps a block. Memory is the process's anonymous memory above what it took when the images were made, or on a GPU what
+torch allocated there. Rows alternate, so that whatever else the machine does falls on all of them. ``--plan`` only
+computes where the streams of a large run would go; nothing is run.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--budget", default="700MB", help="of the second row; the first has none")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--plan", action="store_true", help="plan for --images on a GPU with --budget, batch 32")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -56,7 +57,7 @@ def compare(arguments: argparse.Namespace) -> None:
             )
             found.append(json.loads(done.stdout))
             print(f"budget {budget}: {found[-1]}", flush=True)
-    for key in ("peak", "cpu_seconds", "wall_seconds"):
+    for key in ("peak", "cpu_seconds", "wall_seconds", "units_seconds"):
         none, some = (statistics.median(r[key] for r in found) for found in rows.values())
         shown = (format_bytes(none), format_bytes(some)) if key == "peak" else (f"{none:.1f}", f"{some:.1f}")
         print(f"{key}: without {shown[0]}, with {shown[1]}, ratio {some / none:.3f}")
@@ -68,13 +69,15 @@ def measured(arguments: argparse.Namespace, budget: str | None) -> dict[str, flo
     prepare(torch.nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8), Recipe.preset("nearest"))
     images = torch.randn(arguments.images, 3, arguments.size, arguments.size)
     model = network(arguments.network)
-    with Peak(torch.device("cpu")) as peak:
-        prepared = prepare(model, images, recipe, memory=budget)
+    with Peak(arguments.device) as peak:
+        prepared = prepare(model, images, recipe, memory=budget, device=arguments.device)
         cpu, wall = time.process_time(), time.perf_counter()
         (report,), _ = run(prepared, recipe)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     assert peak.bytes is not None
-    return {"peak": peak.bytes, "cpu_seconds": cpu, "wall_seconds": wall, "file": report.memory.file}
+    units = sum(record.seconds for record in report.unit_records)
+    kept = {"host": report.memory.host, "file": report.memory.file}
+    return {"peak": peak.bytes, "cpu_seconds": cpu, "wall_seconds": wall, "units_seconds": units} | kept
 
 
 def show_plan(arguments: argparse.Namespace) -> None:

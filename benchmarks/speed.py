@@ -50,9 +50,10 @@ from quiesce.reconstruct.streams import Network
 from quiesce.result import hardware, versions
 
 OUT = Path(__file__).parent / "results" / "speed.json"
-VARIANTS = ("baseline", "eager", "graph", "fused", "bf16", "fewer")
+VARIANTS = ("baseline", "eager", "graph", "fused", "float32", "bf16", "fewer")
 """The loop of the references, and Quiesce's: as separate operators, these captured as a CUDA graph, as compiled kernels
-(on a GPU captured as well), these with convolutions and products in bfloat16, and these with a part of the steps."""
+(on a GPU captured as well), these with convolutions in float32 where a GPU would have taken TF32, with convolutions and
+products in bfloat16, and with a part of the steps."""
 FEWER = 4
 """Times fewer steps."""
 FLOOR = re.compile("convolution|mm$|bmm|linear")
@@ -62,7 +63,7 @@ FLOOR_ON_GPU = re.compile("conv|gemm|xmma|cutlass|wgrad|dgrad|fprop|winograd|nvj
 MOVING = re.compile("nchwToNhwc|nhwcToNchw|transform|copy|convert", re.IGNORECASE)
 """…unless they only move or convert."""
 CHECKED_STEPS, TOLERANCE = 5, 1e-6
-PROFILED_STEPS = {"cpu": 3, "cuda": 50}
+PROFILED_STEPS = {"cpu": 3, "cuda": 25}
 STAMPED_STEPS = {"cpu": 1, "cuda": 25}
 """Steps between two looks at the clock: a GPU is waited for at each."""
 
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=("baseline", "fused", "bf16", "fewer"))
     parser.add_argument("--quick", action="store_true", help="one network, few steps: 5 minutes on two cores")
+    parser.add_argument("--no-check", action="store_true", help="do not compare losses with the baseline's first")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--out", type=Path, help="default: speed.json or, on a GPU, speed_cuda.json in results/")
     options = parser.parse_args()
@@ -149,7 +151,8 @@ def measure_network(name: str, options: argparse.Namespace, record: dict[str, An
     prepared = prepare(network, images, recipe, name=name)
     weight = regularizer_weight(prepared.graph, recipe)
     assert weight is not None
-    record["checks"] += check_losses(name, network, images, recipe)
+    if not options.no_check:
+        record["checks"] += check_losses(name, network, images, recipe)
     record["caching"].append(time_caching(name, prepared, recipe))
     times: dict[str, dict[str, list[float]]] = {v: {} for v in options.variants}
     peaks = dict.fromkeys(options.variants, 0.0)
@@ -225,7 +228,7 @@ def time_steps(variant: str, problem: Problem, recipe: Recipe, weight: float) ->
             loop.take()
             stamps.step()
     else:
-        with torch.autocast(device, torch.bfloat16) if variant == "bf16" else nullcontext():
+        with precision(variant, device):
             course = optimize(
                 problem,
                 recipe.reconstruction,
@@ -240,6 +243,15 @@ def time_steps(variant: str, problem: Problem, recipe: Recipe, weight: float) ->
         if device == "cuda" and variant != "eager" and course.cuda_graph != "captured":
             raise SystemExit(f"{problem.name}: its steps could not be captured: {course.cuda_graph}")
     return stamps.seconds()
+
+
+@contextmanager
+def precision(variant: str, device: str) -> Iterator[None]:
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = tf32 and variant != "float32"
+    with torch.autocast(device, torch.bfloat16) if variant == "bf16" else nullcontext():
+        yield
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def profile(variant: str, problem: Problem, recipe: Recipe, weight: float) -> tuple[float, float]:

@@ -18,7 +18,7 @@ import quiesce
 from quiesce import Recipe, Result
 from quiesce.data import Samples
 from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
-from quiesce.pipeline import analyze, choose_bits, prepare, run
+from quiesce.pipeline import FUSED_STEPS, analyze, choose_bits, prepare, run
 from quiesce.quant import kernels
 from quiesce.quant.fake_quantize import fake_quantizers
 from quiesce.recipe import PRESETS
@@ -445,7 +445,7 @@ def test_kernels_are_compiled_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> 
     assert run(few, recipe(), fused=False)[0][-1].kernels == "eager: asked for"
     assert run(few, recipe("nearest"))[0][-1].kernels == "eager: nothing is optimized"
 
-    monkeypatch.setattr("quiesce.pipeline.FUSED_STEPS", 4 * len(few.modules))
+    monkeypatch.setitem(FUSED_STEPS, "cpu", 4 * len(few.modules))
     monkeypatch.setattr("quiesce.quant.kernels.problem", lambda device: "no compiler")
     assert run(few, recipe())[0][-1].kernels == "eager: no kernel could be compiled (no compiler)"
     with pytest.raises(ModelError, match=r"kernels can't be compiled for cpu \(no compiler\); install a C\+\+"):

@@ -59,8 +59,9 @@ from quiesce.reconstruct.plan import Needs, Sizes, reserve
 from quiesce.reconstruct.streams import Network, Tensors
 from quiesce.result import MemoryRecord, Result, Run, hardware, versions
 
-FUSED_STEPS = 5000
-"""Steps of all units from which on compiling kernels, some 20 seconds, pays even on a small network."""
+FUSED_STEPS = {"cpu": 5000, "cuda": 1000}
+"""Steps of all units from which on compiling kernels pays even on a small network: it takes some 20 seconds on a CPU,
+and on a GPU some 3 the first time and less than one from then on."""
 COPIES = 2
 """Of the network, beside the captured one, that preparation holds: the folded one, and that with fake-quantizers."""
 SNAPSHOTS = 3
@@ -762,7 +763,7 @@ def _kernels(prepared: Prepared, recipe: Recipe, fused: bool | None) -> str:
     if fused is False:
         return "eager: asked for"
     steps = recipe.reconstruction.steps * len(prepared.modules)
-    if fused is None and steps < FUSED_STEPS:
+    if fused is None and steps < FUSED_STEPS.get(prepared.device.type, 0):
         return f"eager: {steps} steps of all units are too few to pay for compiling"
     problem = kernels.problem(prepared.device)
     if problem is not None and fused:
