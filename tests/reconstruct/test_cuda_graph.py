@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from quiesce.quant.fake_quantize import restore
 from quiesce.quant.rounding import ROUNDINGS
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.batches import Batch, Batches, Problem
-from quiesce.reconstruct.cuda_graph import LEAST_STEPS, WARM_STEPS, obstacle
+from quiesce.reconstruct.cuda_graph import LEAST_STEPS, WARM_STEPS, StepGraph, obstacle
 from quiesce.reconstruct.granular import block_pass
 from quiesce.reconstruct.loop import Pass, _Walk
 from quiesce.reconstruct.optimize import Course, optimize
@@ -153,6 +155,50 @@ def test_captured_steps_go_back_from_a_loss_that_is_not_finite() -> None:
     assert (course.returns, course.cuda_graph) == (1, "captured")
     assert all(math.isfinite(value) for _, value in course.curve)
     assert calls.item() == 350
+
+
+class Replayed:
+    """A CUDA graph without a GPU: what would be captured is not run, and replaying runs it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        body = StepGraph._body
+        bodies: list[StepGraph] = []
+        monkeypatch.setattr(StepGraph, "_body", lambda graph: bodies.append(graph))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: body(bodies[-1])))
+        monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+        monkeypatch.setattr("quiesce.reconstruct.optimize.obstacle", lambda _: None)
+        self.bodies = bodies
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_a_replayed_step_takes_the_images_and_rates_of_its_number(
+    micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(steps=40, warmup=0.5)
+    curves = []
+    for replayed in (None, Replayed(monkeypatch)):
+        course = learn(problem_of(CPU, settings), settings, 40, micro_batch=micro_batch, graphs=replayed is not None)
+        curves.append(course.curve)
+        assert replayed is None or len(replayed.bodies) == 1
+    assert curves[0] == curves[1]
+
+
+def test_replayed_steps_go_back_and_read_batches_that_were_gathered_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = recipe(steps=150)
+    prepared = prepare(Chain(2), images(32), settings)
+    eager = walked(prepared, settings, Memory(CPU, 0, 0), graphs=False)
+    Replayed(monkeypatch)
+    assert same_state(walked(prepared, settings, Memory(CPU, 0, 0)).state, eager.state)
+    problem, calls = problem_of(CPU, settings), torch.zeros(())
+
+    def spoil(output: Tensor) -> Tensor:
+        calls.add_(1)
+        return torch.where(calls == 120, math.inf, output)
+
+    course = learn(replace(problem, module=Spoiled(problem, spoil)), settings, 150)
+    assert course.returns == 1
+    assert calls.item() == 200
 
 
 def step_of(problem: Problem, settings: Recipe, batches: Batches) -> Step:
