@@ -41,6 +41,7 @@ HERE = Path(__file__).parent
 TABLES = (
     *("quick", "rates", "regularizer", "convergence"),
     *("emoji_mobilenetv2_050", "emoji_resnet18", "emoji_regnetx_600mf"),
+    *("emoji_mobilenetv2_035", "emoji_mobilenetv2_075", "emoji_mobilenetv2_100"),
     *("candidates", "granularities", "images", "batches", "capacity", "references"),
 )
 """In the order in which they are worth running."""

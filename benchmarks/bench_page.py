@@ -46,7 +46,10 @@ BEST = ("brecq-fast", "loss-descent, overlap 1")
 """What the preset ``best-fast`` is."""
 BASE_OF_BEST = ("qdrop-fast", "block")
 EASY = ("quick",)
-EVIDENCE = ("emoji_mobilenetv2_050", "emoji_resnet18", "emoji_regnetx_600mf")
+EVIDENCE = (
+    *("emoji_mobilenetv2_050", "emoji_resnet18", "emoji_regnetx_600mf"),
+    *("emoji_mobilenetv2_035", "emoji_mobilenetv2_075", "emoji_mobilenetv2_100"),
+)
 """Tables of the README's table."""
 MERGED = ("modcap", "loss", "loss-descent", "scheme", "block, overlap 1", "loss-descent, overlap 1")
 """Granularities beside blocks."""
@@ -172,14 +175,17 @@ def coverage(rows: Sequence[Row], sweep: Sweep) -> str:
     """Tell how much of the table is there, what float has, and on what it was measured."""
     if not rows:
         return f"None of the {len(sweep.cells)} cells has been run."
-    machines = sorted({f"{row['hardware'].get('cpu') or row['hardware']['device']}" for row in rows})
-    hours = sum(row["measured"]["seconds"] for row in rows) / 3600
-    threads = sorted({row["hardware"]["threads"] for row in rows})
+    on_cpu = [row for row in rows if row["hardware"]["device"] == "cpu"]
+    machines = sorted({str(row["hardware"]["cpu"]) for row in on_cpu})
+    hours = sum(row["measured"]["seconds"] for row in on_cpu) / 3600
+    threads = sorted({row["hardware"]["threads"] for row in on_cpu})
     left = "; the others are empty" if len(rows) < len(sweep.cells) else ""
     text = (
         f"{len(rows)} of {len(sweep.cells)} cells have been run{left}. Float top-1 is {rows[0]['float_top1']:.2f} %. "
         f"It took {hours:.1f} hours of {'/'.join(map(str, threads))} thread on {'; '.join(machines)}."
     )
+    if gpus := {row["hardware"]["gpu"] for row in rows if row not in on_cpu}:
+        text += f" Of the cells {len(rows) - len(on_cpu)} ran on {'; '.join(sorted(gpus))}, besides."
     return textwrap.fill(text, WIDTH)
 
 
@@ -191,7 +197,8 @@ def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
     lines = [header(["Method", "Granularity", *columns, "Seconds"], left=2)]
     for preset, granularity in methods:
         cells = [done.get((bits, preset, granularity), {}) for bits in columns]
-        seconds = [row["measured"]["seconds"] for own in cells for row in own.values()]
+        own_rows = [row for own in cells for row in own.values() if row["hardware"]["device"] == "cpu"]
+        seconds = [row["measured"]["seconds"] for row in own_rows]
         shown = f"{statistics.fmean(seconds):.0f}" if seconds else ""
         values = [spread(list(top1(own).values())) for own in cells]
         lines.append(line([f"`{preset}`", granularity or "–", *values, shown]))
