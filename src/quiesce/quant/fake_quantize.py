@@ -140,8 +140,10 @@ class ActivationFakeQuantize(nn.Module):
         if not self.enabled:
             return x
         if self._learning is not None:
-            return self._learning(x)
-        return GRIDS[self.spec.grid].fake_quantize(x, self.scale, self.zero_point, self.spec)
+            made = self._learning(x)
+        else:
+            made = GRIDS[self.spec.grid].fake_quantize(x, self.scale, self.zero_point, self.spec)
+        return _laid_out_as(x, made)
 
     @property
     def learning(self) -> bool:
@@ -179,6 +181,16 @@ class ActivationFakeQuantize(nn.Module):
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+
+
+def _laid_out_as(x: Tensor, made: Tensor) -> Tensor:
+    """Return ``made`` with the strides of images ``x`` of one channel, which operators take for rows.
+
+    Behind it, convolutions would lay out all that they make in rows, and take several times as long.
+    """
+    if x.ndim == 4 and x.shape[1] == 1 and made.stride() != x.stride() and is_dense(x) and is_dense(made):
+        return made.as_strided(x.shape, x.stride())
+    return made
 
 
 class _Learning:
