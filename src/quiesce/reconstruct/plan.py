@@ -35,6 +35,8 @@ class Needs:
         quantizers = network.weight_quantizers(unit.start, unit.stop)
         weights = sum(q.quantized.numel() * q.scale.dtype.itemsize for q in quantizers)
         fed = 2 * network.row_bytes(ends.inputs) + network.row_bytes(ends.outputs)  # the next step's batch
+        if network.memory.device.type == "cuda":
+            fed *= 2  # and the one that a captured step reads, into which it is copied
         step = STEP * network.row_bytes(n.name for n in inside) + fed
         return cls(OVERHEAD + LEARNED * weights, int(step), network.forward_bytes(unit.start, unit.stop))
 
