@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench_page import check_page, write_page
+from bench_page import EVIDENCE, check_page, write_page
 from bench_rows import Row, read_rows, write_rows
 from quiesce.errors import QuiesceError
 from quiesce.files import flat, read_json
@@ -40,8 +40,7 @@ from shown_sweep import run_shown
 HERE = Path(__file__).parent
 TABLES = (
     *("quick", "rates", "regularizer", "convergence"),
-    *("emoji_mobilenetv2_050", "emoji_resnet18", "emoji_regnetx_600mf"),
-    *("emoji_mobilenetv2_035", "emoji_mobilenetv2_075", "emoji_mobilenetv2_100"),
+    *EVIDENCE,
     *("candidates", "granularities", "images", "batches", "capacity", "references"),
 )
 """In the order in which they are worth running."""

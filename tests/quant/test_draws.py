@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quiesce.quant.draws import Draws
+from quiesce.quant.kernels import random_bytes
 
 
 def drawn(images: Tensor, like: Tensor, *, seed: int = 3, step: int = 5, number: int = 2) -> Tensor:
     """Bytes of each image, [images, bytes]."""
     draws = Draws(seed, torch.device("cpu"))
     draws.begin(torch.tensor(step), images)
-    return draws.bytes(number, like).view(len(images), -1)
+    return random_bytes(draws.key(number, like), like.numel(), fused=False).view(len(images), -1)
 
 
 @given(st.permutations(range(6)), st.integers(1, 5))
@@ -50,4 +51,4 @@ def test_a_tensor_without_an_axis_of_images_has_bytes_too() -> None:
     draws = Draws(0, torch.device("cpu"))
     draws.begin(torch.tensor(0), torch.arange(4))
     for like in (torch.empty(()), torch.empty(3, 7), torch.empty(5, 4).T):
-        assert draws.bytes(0, like).shape == (like.numel(),)
+        assert random_bytes(draws.key(0, like), like.numel(), fused=False).shape == (like.numel(),)

@@ -65,11 +65,12 @@ def let_gradients_through(gm: fx.GraphModule) -> fx.GraphModule:
     Results are the same, and cuDNN gives no gradients otherwise.
     """
     device = device_of(gm)
-    for node in gm.graph.nodes if device is not None and device.type == "cuda" else ():
-        if node.target in RECURRENT:
+    recurrent = [n for n in gm.graph.nodes if n.target in RECURRENT]
+    if recurrent and device is not None and device.type == "cuda":
+        for node in recurrent:
             dropout, train = 5, 6  # places among the arguments
             node.args = (*node.args[:dropout], 0.0, True, *node.args[train + 1 :])
-    gm.recompile()
+        gm.recompile()
     return gm
 
 

@@ -37,10 +37,6 @@ class Draws:
             images = images.sum().view(1)
         return kernels.Key(images, _signed(number * kernels.GOLDEN))
 
-    def bytes(self, number: int, like: Tensor) -> Tensor:
-        """Return these bytes, flat."""
-        return kernels.random_bytes(self.key(number, like), like.numel(), fused=self.fused)
-
 
 def _is_outermost(x: Tensor) -> bool:
     """Tell whether the first axis strides over all others, in a tensor that may lie in memory in any order."""

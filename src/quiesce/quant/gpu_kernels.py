@@ -15,6 +15,9 @@ from torch import Tensor
 
 BLOCK = 2048
 """Elements that one program works on: a multiple of 8, as a random word has 8 bytes."""
+WEIGHT_BLOCK = 1024
+"""The same for weights."""
+# As in ``quiesce.quant.kernels``, which imports this module.
 STRETCH, GAMMA = tl.constexpr(1.2), tl.constexpr(-0.1)
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST, SECOND = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
@@ -196,6 +199,10 @@ def _grid(x: Tensor, keys: Tensor | None) -> tuple[tuple[int, int], int]:
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
+def _weight_grid(V: Tensor) -> tuple[int]:
+    return (triton.cdiv(V.numel(), WEIGHT_BLOCK),)
+
+
 @triton.jit
 def _soft_weight_kernel(V, base, zero_point, scale, ends, out, count, each, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -212,7 +219,7 @@ def soft_weight(V: Tensor, base: Tensor, zero_point: Tensor, scale: Tensor, ends
     """As :func:`quiesce.quant.kernels.soft_weight`; not differentiable."""
     out = torch.empty_like(V)
     count, each = V.numel(), V.numel() // scale.numel()
-    _soft_weight_kernel[(triton.cdiv(count, 1024),)](V, base, zero_point, scale, ends, out, count, each, BLOCK=1024)
+    _soft_weight_kernel[_weight_grid(V)](V, base, zero_point, scale, ends, out, count, each, BLOCK=WEIGHT_BLOCK)
     return out
 
 
@@ -232,7 +239,7 @@ def soft_weight_gradient(grad: Tensor, V: Tensor, base: Tensor, scale: Tensor, e
     """Return the gradient to ``V``."""
     out = torch.empty_like(V)
     count, each = V.numel(), V.numel() // scale.numel()
-    _soft_weight_gradient_kernel[(triton.cdiv(count, 1024),)](grad, V, base, scale, ends, out, count, each, BLOCK=1024)
+    _soft_weight_gradient_kernel[_weight_grid(V)](grad, V, base, scale, ends, out, count, each, BLOCK=WEIGHT_BLOCK)
     return out
 
 
@@ -252,7 +259,7 @@ def _penalty_kernel(V, grad, beta, weight, out, count, BLOCK: tl.constexpr):
 def penalty_gradient(V: Tensor, grad: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
     """As :func:`quiesce.quant.kernels.penalty_gradient`, in the memory of ``grad``."""
     count = V.numel()
-    _penalty_kernel[(triton.cdiv(count, 1024),)](V, grad, beta, weight, grad, count, BLOCK=1024)
+    _penalty_kernel[_weight_grid(V)](V, grad, beta, weight, grad, count, BLOCK=WEIGHT_BLOCK)
     return grad
 
 

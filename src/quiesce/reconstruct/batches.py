@@ -58,14 +58,17 @@ class Batch:
     @classmethod
     def of(cls, problem: Problem, images: Tensor) -> Batch:
         """Gather the rows of ``images``, numbers [batch] on the CPU or where the rows are; each tensor once."""
-        rows = {id(r): r for r in problem.rows}
-        taken = {key: take(r, images) for key, r in rows.items()}
+        taken = {key: take(r, images) for key, r in {id(r): r for r in problem.rows}.items()}
+        return cls._regrouped(problem, taken, (images + problem.first).to(problem.device))
+
+    @classmethod
+    def _regrouped(cls, source: Problem | Batch, made: dict[int, Tensor], images: Tensor) -> Batch:
+        """Return what was ``made`` of each of the source's tensors, by its id, grouped as these are."""
         quantized, unquantized, targets, weights = (
-            [taken[id(r)] for r in group]
-            for group in (problem.quantized_inputs, problem.float_inputs, problem.targets, problem.weights or [])
+            [made[id(t)] for t in group]
+            for group in (source.quantized_inputs, source.float_inputs, source.targets, source.weights or [])
         )
-        numbers = (images + problem.first).to(problem.device)
-        return cls(numbers, quantized, unquantized, targets, None if problem.weights is None else weights)
+        return cls(images, quantized, unquantized, targets, None if source.weights is None else weights)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -74,12 +77,7 @@ class Batch:
     def copy(self) -> Batch:
         """Return one with tensors of its own; those that are one tensor stay one."""
         made = {id(t): t.clone() for t in self.tensors}
-        quantized, unquantized, targets, weights = (
-            [made[id(t)] for t in group]
-            for group in (self.quantized_inputs, self.float_inputs, self.targets, self.weights or [])
-        )
-        own = None if self.weights is None else weights
-        return Batch(made[id(self.images)], quantized, unquantized, targets, own)
+        return self._regrouped(self, made, made[id(self.images)])
 
     def copy_(self, other: Batch) -> None:
         """Take over the values of ``other``, a batch of as many images of the same problem."""
