@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import statistics
 import sys
@@ -65,6 +66,11 @@ def identity(cell: Cell) -> dict[str, Any]:
     return json.loads(json.dumps(data | {"settings": settings, "seed": recipe.seed}))  # type: ignore[no-any-return]
 
 
+def key(cell: dict[str, Any]) -> str:
+    """Return 12 hexadecimal digits that stand for an identity."""
+    return hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def rows_file(table: str) -> Path:
     return HERE / "results" / f"{table}.json"
 
@@ -101,7 +107,6 @@ def row_of(cell: Cell, folder: Path) -> Row:
     measured = {name: rounded(getattr(result.run, name)) for name in MEASURED}
     return {
         "cell": identity(cell),
-        "key": cell.digest({}),
         "method": cell.method,
         "float_top1": result.float["top1"],
         "measured": measured,
@@ -137,13 +142,13 @@ def run(tables: Sequence[str], only: str) -> None:
             compute(sweep, cells, RUNS / table, keep)
 
 
-def repeat(table: str, key: str) -> None:
+def repeat(table: str, wanted: str) -> None:
     """Compute one cell again, and tell how far its top-1 is from the recorded one."""
     sweep, rows = read_table(table), read_rows(rows_file(table))
-    recorded = next((row for row in rows if row["key"] == key), None)
-    cell = next((cell for cell in sweep.cells if cell.digest({}) == key), None)
+    recorded = next((row for row in rows if key(row["cell"]) == wanted), None)
+    cell = next((cell for cell in sweep.cells if key(identity(cell)) == wanted), None)
     if recorded is None or cell is None:
-        raise SystemExit(f"{table} has no cell {key} with a result; `status` lists the keys.")
+        raise SystemExit(f"{table} has no cell {wanted} with a result; `status` lists the keys.")
     again: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         compute(sweep, [cell], Path(folder) / "repeated", again.append)
@@ -181,7 +186,7 @@ def status() -> None:
         for row in rows:
             cell = row["cell"]
             name = f"{cell['network']['label']} {cell['bits']} {row['method']} seed {cell['seed']}"
-            print(f"  {row['key']}  {row['measured']['top1']:6.2f} %  {name}")
+            print(f"  {key(cell)}  {row['measured']['top1']:6.2f} %  {name}")
 
 
 def main() -> None:

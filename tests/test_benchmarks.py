@@ -135,9 +135,9 @@ class TestCells:
         assert len(set(cells)) == len(cells) and len(set(recorded)) == len(recorded)
         assert set(recorded) <= set(cells), "results of cells that the table does not have"
 
-    def test_the_smallest_one_can_be_repeated(self) -> None:
+    def test_the_smallest_one_can_be_repeated(self, load: Any) -> None:
         chosen = next(r for r in rows("quick") if r["cell"]["preset"] == "nearest")
-        done = bench("repeat", "quick", chosen["key"])
+        done = bench("repeat", "quick", load("bench").key(chosen["cell"]))
         assert done.returncode == 0, done.stdout + done.stderr
         assert "is within 3 pooled standard deviations" in done.stdout
 
