@@ -17,14 +17,23 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+import quiesce.reconstruct.optimize as optimizing
 from quiesce import Recipe
 from quiesce.memory import Memory, Peak, format_bytes, parse_bytes
 from quiesce.pipeline import prepare, run
+from quiesce.reconstruct.order import Order, draw_order
 from quiesce.reconstruct.plan import Sizes, plan
+from quiesce.reconstruct.resident import Residents
+from quiesce.reconstruct.step import Step
 from quiesce.reconstruct.streams import Network
+
+FIRST_STEPS = optimizing.CHECKED_STEPS
 
 
 def main() -> None:
@@ -35,6 +44,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--budget", default="700MB", help="of the second row; the first has none")
+    parser.add_argument("--resident", type=int, metavar="N", help="draw batches from a window of N images")
+    parser.add_argument("--stream-dtype", default="same", choices=("same", "bf16"))
+    parser.add_argument("--of", type=int, metavar="STEPS", help="take the first --steps of a run of so many")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--plan", action="store_true", help="plan for --images on a GPU with --budget, batch 32")
@@ -53,14 +65,26 @@ def compare(arguments: argparse.Namespace) -> None:
     for _ in range(arguments.repeats):
         for budget, found in rows.items():
             done = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--one", budget], capture_output=True, text=True, check=True
+                [sys.executable, __file__, *sys.argv[1:], "--one", budget],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
             )
             found.append(json.loads(done.stdout))
             print(f"budget {budget}: {found[-1]}", flush=True)
+    if arguments.of:
+        times = [statistics.median(whole_run(r, arguments) for r in found) for found in rows.values()]
+        print(f"a run of {arguments.of} steps, computed: {times[0]:.0f} s without, {times[1]:.0f} s with, ", end="")
+        print(f"ratio {times[1] / times[0]:.3f}")
     for key in ("peak", "cpu_seconds", "wall_seconds", "units_seconds"):
         none, some = (statistics.median(r[key] for r in found) for found in rows.values())
         shown = (format_bytes(none), format_bytes(some)) if key == "peak" else (f"{none:.1f}", f"{some:.1f}")
         print(f"{key}: without {shown[0]}, with {shown[1]}, ratio {some / none:.3f}")
+
+
+def whole_run(row: dict[str, float], arguments: argparse.Namespace) -> float:
+    """Return the seconds of a run of ``--of`` steps, from one that took the first ``--steps`` of each unit's."""
+    return row["wall_seconds"] + row["step_of_all"] * float(arguments.of - arguments.steps)
 
 
 def measured(arguments: argparse.Namespace, budget: str | None) -> dict[str, float]:
@@ -69,6 +93,9 @@ def measured(arguments: argparse.Namespace, budget: str | None) -> dict[str, flo
     prepare(torch.nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8), Recipe.preset("nearest"))
     images = torch.randn(arguments.images, 3, arguments.size, arguments.size)
     model = network(arguments.network)
+    steps: list[float] = []
+    if arguments.of:
+        shorten(arguments, steps)
     with Peak(arguments.device) as peak:
         prepared = prepare(model, images, recipe, memory=budget, device=arguments.device)
         cpu, wall = time.process_time(), time.perf_counter()
@@ -76,8 +103,34 @@ def measured(arguments: argparse.Namespace, budget: str | None) -> dict[str, flo
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     assert peak.bytes is not None
     units = sum(record.seconds for record in report.unit_records)
-    kept = {"host": report.memory.host, "file": report.memory.file}
+    kept: dict[str, float] = {"host": report.memory.host, "file": report.memory.file}
+    kept |= {"step_of_all": sum(steps)}
     return {"peak": peak.bytes, "cpu_seconds": cpu, "wall_seconds": wall, "units_seconds": units} | kept
+
+
+def shorten(arguments: argparse.Namespace, seconds: list[float]) -> None:
+    """Have steps drawn as for a run of ``--of`` steps, so that images move through the window at its pace.
+
+    The mean ``seconds`` of a unit's steps are kept, but of its first hundred, behind which the device is waited for.
+    """
+    learn = optimizing._run
+
+    def draw(images: int, steps: int, *rest: Any, **settings: Any) -> Order:
+        whole = draw_order(images, arguments.of, *rest, **settings)
+        return replace(whole, images=whole.images[:steps], places=whole.places[:steps], first=whole.first[:steps])
+
+    def timed(step: Step, order: Order, residents: Residents | None, on_step: Callable[[], None], graphs: bool) -> Any:
+        ends: list[float] = []
+
+        def tick() -> None:
+            on_step()
+            ends.append(time.perf_counter())
+
+        course = learn(step, order, residents, tick, graphs)
+        seconds.append((time.perf_counter() - ends[FIRST_STEPS]) / (arguments.steps - FIRST_STEPS - 1))
+        return course
+
+    optimizing.draw_order, optimizing._run = draw, timed  # type: ignore[attr-defined]
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
@@ -108,6 +161,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         calibration_batch=2 * arguments.batch,
         weight_range="minmax",
         activation_range="minmax",
+        resident_images=arguments.resident,
+        stream_dtype=arguments.stream_dtype,
     )
 
 

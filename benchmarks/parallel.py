@@ -28,7 +28,7 @@ from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import Drop, snapshot
 from quiesce.reconstruct.batches import Batches
 from quiesce.reconstruct.loop import Job, _Walk
-from quiesce.reconstruct.optimize import _batch_order
+from quiesce.reconstruct.optimize import batch_order
 from quiesce.reconstruct.step import Learned, Step
 
 MEMORY = Memory()
@@ -108,7 +108,7 @@ def steps(name: str, processes: Processes, count: int, images: int, size: int) -
         drop = Drop(learning.drop_prob, Draws(0, problem.device))
         learned = Learned.attach(problem.module, learning, (), drop)
         step = Step(problem, learning, learned, drop, 0.01, count, Batches(problem))
-        order = _batch_order(problem, count, learning.batch_size, 0)
+        order = batch_order(problem, count, learning.batch_size, 0).images
         step.take(0, order[0])
         processes.texts("")  # all begin together
         began, busy = time.perf_counter(), time.process_time()

@@ -44,7 +44,7 @@ from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import Drop, restore
 from quiesce.reconstruct.batches import Batches, Problem
 from quiesce.reconstruct.loop import _Walk
-from quiesce.reconstruct.optimize import _batch_order, optimize
+from quiesce.reconstruct.optimize import batch_order, optimize
 from quiesce.reconstruct.step import Learned, Step
 from quiesce.reconstruct.streams import Network
 from quiesce.result import hardware, versions
@@ -287,7 +287,8 @@ def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) 
         loop = PlainLoop(problem, settings, settings.steps, weight, drop)
         learned = Learned.attach(problem.module, settings, (), drop)
         step, differences = Step(problem, settings, learned, drop, weight, settings.steps, Batches(problem)), []
-        for number, batch in enumerate(_batch_order(problem, CHECKED_STEPS, settings.batch_size, recipe.seed)):
+        order = batch_order(problem, CHECKED_STEPS, settings.batch_size, recipe.seed)
+        for number, batch in enumerate(order.images):
             ours = step.take(number, batch).item()  # leaves the draws at this step
             differences.append(abs(loop.take(batch).item() - ours) / ours)
         learned.harden()

@@ -87,9 +87,9 @@ def test_a_whole_run_learns_what_one_process_learns_from_the_same_batches(
 ) -> None:
     start = together.prepared(ALONE, "block")
     _, other = together.made(start, together.whole("block", seed=1))
-    original = optimizing._batch_order
+    original = optimizing.batch_order
     alone = lambda *a: original(*a) if a[0].processes.size > 1 else together.orders(*a)  # noqa: E731
-    monkeypatch.setattr(optimizing, "_batch_order", alone)
+    monkeypatch.setattr(optimizing, "batch_order", alone)
     result, state = together.made(start, together.whole("block"))
     assert differing(both.of("plain"), state) < 0.002 < 0.01 < differing(other, state)  # measured: 0 and 0.023
     run, shared = result.run, both.result("plain").run

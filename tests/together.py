@@ -32,6 +32,7 @@ from quiesce.reconstruct import optimize as optimizing
 from quiesce.reconstruct.batches import Batches, Problem
 from quiesce.reconstruct.loop import _Walk
 from quiesce.reconstruct.optimize import optimize
+from quiesce.reconstruct.order import Order
 from quiesce.reconstruct.step import Learned, Step
 from quiesce.result import Result
 from tiny import Chain, images, recipe
@@ -58,22 +59,23 @@ def problem(processes: Processes, settings: Recipe) -> tuple[Problem, Recipe]:
     return walk._problem(unit), replace(job.recipe, reconstruction=job.reconstruction)
 
 
-def orders(given: Problem, steps: int, batch: int, seed: int) -> Tensor:
+def orders(given: Problem, steps: int, batch: int, seed: int, window: None = None) -> Order:
     """Images of each step, those that ``SIZE`` processes would take, in the order of ranks."""
     found = []
     for rank in range(SIZE):
         part = Processes(rank, SIZE).share(given.images, given.together)
         share = replace(given, images=part.stop - part.start, processes=Processes(rank, SIZE))
-        found.append(optimizing._batch_order(share, steps, batch // SIZE, seed) + part.start)
-    return torch.cat(found, dim=1)
+        found.append(optimizing.batch_order(share, steps, batch // SIZE, seed).images + part.start)
+    chosen = torch.cat(found, dim=1)
+    return Order(chosen, chosen, torch.arange(given.images), torch.zeros(steps, dtype=torch.int64), given.images)
 
 
 def steps(given: Problem, local: Recipe) -> dict[str, Tensor]:
     """Take steps with all that there is (drop, step sizes, penalty), and return losses and gradients of each."""
     learning = local.reconstruction
     assert learning is not None
-    make = optimizing._batch_order if given.processes.size > 1 else orders
-    order = make(given, STEPS, learning.batch_size, SEED)
+    make = optimizing.batch_order if given.processes.size > 1 else orders
+    order = make(given, STEPS, learning.batch_size, SEED).images
     drop = Drop(learning.drop_prob, Draws(SEED, given.device))
     learned = Learned.attach(given.module, learning, (), drop)
     step = Step(given, learning, learned, drop, 0.01, STEPS, Batches(given))

@@ -713,8 +713,8 @@ def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fused
     fisher = None
     if reconstruction is not None and reconstruction.fisher:
         # Room for the work on units is kept before Fisher weights take any.
-        needs = [Needs.of(network, module) for module in prepared.modules]
-        reserve(network.memory, needs, Sizes.of(recipe, prepared.together))
+        sizes = Sizes.of(recipe, prepared.together)
+        reserve(network.memory, [Needs.of(network, module, sizes.resident) for module in prepared.modules], sizes)
         generator = torch.Generator().manual_seed(processes.seed(recipe.seed))
         names = {
             n
@@ -801,8 +801,9 @@ def _check_memory(
 ) -> None:
     """Raise what a walk over the modules would raise for lack of memory, before anything slow is done."""
     network = Network(graph, _memory(graph, device, budget, recipe, processes))
-    needs = [Needs.of(network, reach(module, modules, _overlap(recipe))) for module in modules]
-    reserve(network.memory, needs, Sizes.of(recipe, together))
+    sizes = Sizes.of(recipe, together)
+    units = [reach(module, modules, _overlap(recipe)) for module in modules]
+    reserve(network.memory, [Needs.of(network, unit, sizes.resident) for unit in units], sizes)
 
 
 def _overlap(recipe: Recipe) -> int:

@@ -244,6 +244,9 @@ class ReconstructionRecipe:
     beta_end: float = 2.0
     drop_prob: float = 0.0
     """Chance that an element is *not* quantized while optimizing (QDrop: 0.5; its code's ``prob`` is 1 − this)."""
+    resident_images: int | None = None
+    """Batches are drawn from a window of so many images, which takes in all of them as steps go on, so that no more
+    have to be on the device where they do not all fit; None draws from all."""
     fisher: bool = False
     """Weight squared errors by the diagonal of the Fisher information (BRECQ, eq. 10)."""
 
@@ -253,6 +256,11 @@ class ReconstructionRecipe:
         check_kinds(self, where)
         _check(self.steps >= 1, f"{where}steps is {self.steps}; give 1 or more.")
         _check(self.batch_size >= 1, f"{where}batch_size is {self.batch_size}; give 1 or more.")
+        resident = self.resident_images
+        _check(
+            resident is None or resident >= self.batch_size,
+            f"{where}resident_images is {resident}; give batch_size ({self.batch_size}) or more.",
+        )
         for name in ("rounding_lr", "step_size_lr", "weight_step_size_lr", "beta_end"):
             _check(getattr(self, name) > 0, f"{where}{name} is {getattr(self, name)}; give a number above 0.")
         _check(self.beta_start >= self.beta_end, f"{where}beta_start is below beta_end; β falls during the run.")

@@ -67,6 +67,37 @@ def test_captured_steps_read_images_from_anywhere(place: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_captured_steps_draw_from_a_window(micro_batch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the images are: in the window they are on the GPU, so parts of a batch can be captured, too."""
+    if micro_batch:
+        monkeypatch.setattr("quiesce.reconstruct.loop.step_images", lambda *_: micro_batch)
+    settings = recipe(steps=250, resident_images=12)
+    prepared = prepare(Chain(2).to(GPU), images(64), settings)
+    near = walked(prepared, settings, Memory(GPU), kernels="fused")
+    for memory in (Memory(GPU, 0), Memory(GPU, 0, 0)):
+        far = walked(prepared, settings, memory, kernels="fused")
+        assert launched(far) == {"captured"}
+        assert same_state(near.state, far.state)
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_memory_for_a_batch_takes_parts_of_it() -> None:
+    settings = recipe("brecq-fast", batch_size=256, steps=40, calibration_batch=16)
+    prepared = prepare(Chain(1, channels=64).to(GPU), images(256, size=32), settings)
+    torch.cuda.empty_cache()
+    there, room = torch.cuda.mem_get_info(GPU)[1], 600 * 10**6
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + room) / there, GPU)
+    try:
+        found = walked(prepared, settings, Memory(GPU))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, GPU)
+    assert launched(found) == {"captured"}
+    assert {r.micro_batch for r in found.records} & {32, 64, 128}
+    assert all(math.isfinite(loss) for r in found.records for _, loss in r.loss_curve)
+
+
+@pytest.mark.gpu
 def test_a_run_on_a_gpu_is_repeated_bit_for_bit() -> None:
     settings = recipe(steps=60)
     prepared = prepare(Chain(2, channels=32).to(GPU), images(64, size=16), settings)
@@ -238,7 +269,7 @@ def test_a_copy_of_a_batch_keeps_what_is_one_tensor_and_takes_over_values() -> N
     prepared = prepare(Chain(2), images(32), settings)
     problem = _Walk(_job(prepared, settings, Memory()))._problem(prepared.modules[0])
     one, other = (Batch.of(problem, torch.arange(first, first + 4)) for first in (0, 8))
-    copy = one.copy()
+    copy = one.map(torch.clone)
     assert copy.quantized_inputs[0] is copy.float_inputs[0]
     assert all(torch.equal(a, b) and a is not b for a, b in zip(copy.tensors, one.tensors, strict=True))
     held = [t.data_ptr() for t in copy.tensors]

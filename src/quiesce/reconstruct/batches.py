@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ class Problem:
     """Those that have the other images."""
     first: int = 0
     """The number of the first image among those of all processes."""
+    numbers: Tensor | None = None
+    """Those of all images [images], on the device, where they do not follow the first one's."""
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +62,8 @@ class Batch:
     def of(cls, problem: Problem, images: Tensor) -> Batch:
         """Gather the rows of ``images``, numbers [batch] on the CPU or where the rows are; each tensor once."""
         taken = {key: take(r, images) for key, r in {id(r): r for r in problem.rows}.items()}
-        return cls._regrouped(problem, taken, (images + problem.first).to(problem.device))
+        numbers = images + problem.first if problem.numbers is None else take(problem.numbers, images)
+        return cls._regrouped(problem, taken, numbers.to(problem.device))
 
     @classmethod
     def _regrouped(cls, source: Problem | Batch, made: dict[int, Tensor], images: Tensor) -> Batch:
@@ -74,16 +78,24 @@ class Batch:
     def tensors(self) -> list[Tensor]:
         return [self.images, *self.quantized_inputs, *self.float_inputs, *self.targets, *(self.weights or [])]
 
-    def copy(self) -> Batch:
-        """Return one with tensors of its own; those that are one tensor stay one."""
-        made = {id(t): t.clone() for t in self.tensors}
+    def map(self, make: Callable[[Tensor], Tensor]) -> Batch:
+        """Return one with what ``make`` returns for each tensor; those that are one tensor stay one."""
+        made = {id(t): make(t) for t in self.tensors}
         return self._regrouped(self, made, made[id(self.images)])
 
     def copy_(self, other: Batch) -> None:
         """Take over the values of ``other``, a batch of as many images of the same problem."""
-        pairs = {id(mine): (mine, theirs) for mine, theirs in zip(self.tensors, other.tensors, strict=True)}
-        for mine, theirs in pairs.values():
+        for mine, theirs in self._beside(other):
             mine.copy_(theirs)
+
+    def put(self, places: Tensor, other: Batch) -> None:
+        """Take over the rows of ``other``, images of the same problem, to ``places`` [images of other]."""
+        for mine, theirs in self._beside(other):
+            mine.index_copy_(0, places, theirs)
+
+    def _beside(self, other: Batch) -> Collection[tuple[Tensor, Tensor]]:
+        """Each tensor once, with the other's."""
+        return {id(mine): (mine, theirs) for mine, theirs in zip(self.tensors, other.tensors, strict=True)}.values()
 
 
 Fetched = tuple[Batch, torch.cuda.Event | None]

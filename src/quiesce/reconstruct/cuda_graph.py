@@ -84,7 +84,7 @@ class StepGraph:
         self._images = order.to(device)
         self._batch: Batch | None = None
         if step.batches.ahead:
-            self._batch = step.batches.of(order[first], order[first]).copy()
+            self._batch = step.batches.of(order[first], order[first]).map(torch.clone)
             step.batches.wait()
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream(device)

@@ -28,6 +28,8 @@ from quiesce.reconstruct.batches import Batch, Batches, Problem
 from quiesce.reconstruct.cuda_graph import WARM_STEPS, StepGraph, captured, obstacle, on_a_stream
 from quiesce.reconstruct.fuse import Clip, without_clips
 from quiesce.reconstruct.losses import reconstruction_loss
+from quiesce.reconstruct.order import Order, draw_order
+from quiesce.reconstruct.resident import Residents
 from quiesce.reconstruct.step import Learned, Step
 
 CURVE_POINTS = 50
@@ -86,10 +88,15 @@ def optimize(
         module, clips = without_clips(problem.module)
         problem = replace(problem, module=module)
     learned = Learned.attach(problem.module, recipe, warm, drop, fused=fused, clips=clips)
+    order = batch_order(problem, steps, recipe.batch_size, seed, recipe.resident_images)
     try:
         with on_a_stream(problem.device), Batches(problem) as batches:
+            residents = None
+            if batches.ahead and order.size < problem.images:
+                residents = Residents(batches, order, recipe.batch_size)
+                problem, batches = residents.problem, Batches(residents.problem)
             step = Step(problem, recipe, learned, drop, regularizer_weight, steps, batches, micro_batch, fused)
-            return _run(step, seed, on_step, graphs)
+            return _run(step, order, residents, on_step, graphs)
     finally:
         learned.harden()
 
@@ -126,22 +133,30 @@ def error_per_weight(problem: Problem, images: int, at_a_time: int | None = None
     return float(total) / number
 
 
-def _run(step: Step, seed: int, on_step: Callable[[], None], graphs: bool) -> Course:
+def batch_order(problem: Problem, steps: int, batch_size: int, seed: int, window: int | None = None) -> Order:
+    """Return the batches of all steps (:func:`~quiesce.reconstruct.order.draw_order`); each process has its own."""
+    generator = torch.Generator().manual_seed(problem.processes.seed(seed))
+    return draw_order(problem.images, steps, batch_size, generator, window=window, together=problem.together)
+
+
+def _run(step: Step, order: Order, residents: Residents | None, on_step: Callable[[], None], graphs: bool) -> Course:
     """Take all steps; when the loss is no longer finite, go back to where it was, and on at smaller rates."""
     problem, steps = step.problem, step.steps
-    order = _batch_order(problem, steps, step.batch_size, seed)
+    images = order.images if residents is None else order.places
     losses = torch.zeros(steps, device=problem.device)
     good, state, returns, number = 0, step.state(), 0, 0
     reported = 0
     graph: StepGraph | str | None = obstacle(step) if graphs else "not asked for"
     while number < steps:
+        if residents is not None:
+            residents.move_to(number)
         if graph is None and number == WARM_STEPS:
-            graph = captured(step, order, losses, number)
+            graph = captured(step, images, losses, number)
         if isinstance(graph, StepGraph):
             graph.take(number)
         else:
-            following = order[number + 1] if number + 1 < steps else None
-            losses[number].copy_(step.take(number, order[number], following))
+            following = images[number + 1] if number + 1 < steps else None
+            losses[number].copy_(step.take(number, images[number], following))
         number += 1
         if number > reported:
             on_step()
@@ -166,17 +181,6 @@ def _run(step: Step, seed: int, on_step: Callable[[], None], graphs: bool) -> Co
 
 def _finite(tensors: list[Tensor]) -> bool:
     return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
-
-
-def _batch_order(problem: Problem, steps: int, batch_size: int, seed: int) -> Tensor:
-    """Indices [steps, batch_size], on the CPU, of each step's images, none twice in a step; neighbours ``together``.
-
-    Each process has an order of its own.
-    """
-    together, generator = problem.together, torch.Generator().manual_seed(problem.processes.seed(seed))
-    clips, size = problem.images // together, batch_size // together
-    draws = torch.stack([torch.randperm(clips, generator=generator)[:size] for _ in range(steps)])
-    return (draws.unsqueeze(-1) * together + torch.arange(together)).flatten(1)
 
 
 def _curve(losses: Tensor) -> list[list[float]]:

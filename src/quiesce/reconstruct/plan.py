@@ -29,16 +29,18 @@ class Needs:
     """For each image of a forward pass."""
 
     @classmethod
-    def of(cls, network: Network, unit: Unit) -> Needs:
+    def of(cls, network: Network, unit: Unit, resident: int = 0) -> Needs:
+        """``resident`` images are kept on the device for the steps (:class:`Sizes`)."""
         inside = network.nodes[unit.start : unit.stop]
         ends = boundary(network.nodes, unit.start, unit.stop)
         quantizers = network.weight_quantizers(unit.start, unit.stop)
         weights = sum(q.quantized.numel() * q.scale.dtype.itemsize for q in quantizers)
         fed = 2 * network.row_bytes(ends.inputs) + network.row_bytes(ends.outputs)  # the next step's batch
+        held = resident * fed
         if network.memory.device.type == "cuda":
             fed *= 2  # and the one that a captured step reads, into which it is copied
         step = STEP * network.row_bytes(n.name for n in inside) + fed
-        return cls(OVERHEAD + LEARNED * weights, int(step), network.forward_bytes(unit.start, unit.stop))
+        return cls(OVERHEAD + LEARNED * weights + held, int(step), network.forward_bytes(unit.start, unit.stop))
 
     def bytes(self, step: int, forward: int) -> int:
         """Return what steps of ``step`` images and passes of ``forward`` images take."""
@@ -54,11 +56,15 @@ class Sizes:
     forward: int
     """Images of a forward pass."""
     together: int = 1
+    resident: int = 0
+    """Images that steps draw from at a time, where these are not all."""
 
     @classmethod
     def of(cls, recipe: Recipe, together: int) -> Sizes:
         learning = recipe.reconstruction
-        return cls(0 if learning is None else learning.batch_size, recipe.calibration_batch, together)
+        if learning is None:
+            return cls(0, recipe.calibration_batch, together)
+        return cls(learning.batch_size, recipe.calibration_batch, together, learning.resident_images or 0)
 
 
 def reserve(memory: Memory, needs: Sequence[Needs], sizes: Sizes) -> None:
@@ -103,7 +109,7 @@ def plan(network: Network, units: Sequence[Unit], memory: Memory, images: int, s
 
     Places are found as in a run: in the order in which streams are made, each in the first place that has room.
     """
-    needs = [Needs.of(network, unit) for unit in units]
+    needs = [Needs.of(network, unit, sizes.resident) for unit in units]
     reserve(memory, needs, sizes)
     planned = []
     alive: list[dict[str, tuple[str, int]]] = [{}, {}]
