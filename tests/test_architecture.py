@@ -44,6 +44,7 @@ FLOORS = (
         "evaluate",
         "memory",
         "processes",
+        "transfer",
     },
     {"quant"},
     {"graph"},

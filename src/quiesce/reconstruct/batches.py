@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
-from quiesce.memory import Rows, Stored, take
+from quiesce.memory import Rows, take
 from quiesce.processes import ALONE, Processes
+from quiesce.transfer import Ahead, far
 
 
 @dataclass(frozen=True)
@@ -98,65 +99,36 @@ class Batch:
         return {id(mine): (mine, theirs) for mine, theirs in zip(self.tensors, other.tensors, strict=True)}.values()
 
 
-Fetched = tuple[Batch, torch.cuda.Event | None]
-
-
 class Batches:
     """Batches of a problem, one after another; used in a ``with`` block, which ends the thread.
 
-    Where a tensor is not on the device as it is worked with, the next batch is gathered while one is in use. On a GPU
-    it is copied there beside the step, on a stream of its own.
+    Where a tensor is not on the device as it is worked with, the next batch is gathered while one is in use.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        far = any(isinstance(rows, Stored) and not rows.near for rows in problem.rows)
-        self._pool = ThreadPoolExecutor(1) if far else None
-        self._next: dict[tuple[int, int], Future[Fetched]] = {}
-        self._stream = None
-        if self._pool is not None and problem.device.type == "cuda":
-            self._stream = torch.cuda.Stream(problem.device)
-            self._stream.wait_stream(torch.cuda.current_stream(problem.device))  # what wrote the tensors
+        read = partial(Batch.of, problem)
+        self._ahead = Ahead(read, lambda batch: batch.tensors, problem.device, threaded=far(problem.rows))
 
     def __enter__(self) -> Batches:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._ahead.__exit__()
 
     @property
     def ahead(self) -> bool:
         """True if batches are gathered ahead, from elsewhere than the device."""
-        return self._pool is not None
+        return self._ahead.threaded
 
     def wait(self) -> None:
         """Wait until what is gathered ahead is there."""
-        for waiting in self._next.values():
-            waiting.result()
+        self._ahead.wait()
 
     def of(self, images: Tensor, following: Tensor | None = None) -> Batch:
         """Return the batch of ``images`` (views of one tensor that stays); then gather that of ``following``."""
-        if self._pool is None:
-            return Batch.of(self.problem, images)
-        waiting = self._next.pop(_key(images), None) or self._pool.submit(self._fetch, images)
-        batch, copied = waiting.result()
-        self._next = {} if following is None else {_key(following): self._pool.submit(self._fetch, following)}
-        if copied is not None:
-            running = torch.cuda.current_stream(self.problem.device)
-            running.wait_event(copied)
-            for tensor in batch.tensors:
-                tensor.record_stream(running)
-        return batch
-
-    def _fetch(self, images: Tensor) -> Fetched:
-        if self._stream is None:
-            return Batch.of(self.problem, images), None
-        with torch.cuda.stream(self._stream):
-            batch = Batch.of(self.problem, images)
-            copied = torch.cuda.Event()
-            copied.record()
-        return batch, copied
+        behind = None if following is None else (_key(following), following)
+        return self._ahead.of(_key(images), images, behind)
 
 
 def _key(images: Tensor) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from quiesce.memory import Memory, Rows, halved, is_out_of_memory
 from quiesce.oscillation.measure import squares
 from quiesce.processes import ALONE, Processes
 from quiesce.quant.fake_quantize import WeightFakeQuantize, float_mode
+from quiesce.transfer import MOST_WAITING, Ahead, Behind, far
 
 Tensors = Mapping[str, Rows]
 """Tensors [images, ...] by node name, wherever they are."""
@@ -97,6 +98,9 @@ class Network:
             most = max(most, sum(alive.values()) + TEMPORARIES * made)
             alive[self.nodes[position].name] = made
             alive = {n: size for n, size in alive.items() if self.last_use(n) > position}
+        if self.memory.device.type == "cuda":  # read ahead, and waiting to be written
+            ends = boundary(self.nodes, start, stop)
+            most += self.row_bytes(ends.inputs) + MOST_WAITING * self.row_bytes(ends.outputs)
         return most
 
     @property
@@ -129,22 +133,31 @@ class Network:
         made: dict[str, Rows] = {}
         first = 0
         batch = self.images_at_a_time(batch, start, stop)
-        while first < images:
-            inputs = [tensors[name][first : first + batch] for name in ends.inputs]
-            try:
-                outputs = _forward(module, inputs, quantized)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or batch <= self.together:
-                    raise
-                batch = halved(batch, self.together)
-                continue
-            for name, values in zip(ends.outputs, outputs, strict=True):
-                if name not in made:
-                    made[name] = self.memory.room(values, images * len(values) // min(batch, images))
-                at = first * len(made[name]) // images  # of a clip as a whole there are fewer rows than images
-                made[name][at : at + len(values)] = values
-            self.executions += stop - start
-            first += batch
+        device, fed = self.memory.device, [tensors[name] for name in ends.inputs]
+
+        def read(part: slice) -> list[Tensor]:
+            return [rows[part] for rows in fed]
+
+        beside = device.type == "cuda" and far(fed)
+        with Ahead(read, lambda inputs: inputs, device, threaded=beside) as ahead, Behind(device) as behind:
+            while first < images:
+                part, following = slice(first, first + batch), slice(first + batch, first + 2 * batch)
+                next_one = (following.start, batch), following
+                inputs = ahead.of((first, batch), part, next_one if following.start < images else None)
+                try:
+                    outputs = _forward(module, inputs, quantized)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or batch <= self.together:
+                        raise
+                    batch = halved(batch, self.together)
+                    continue
+                for name, values in zip(ends.outputs, outputs, strict=True):
+                    if name not in made:
+                        made[name] = self.memory.room(values, images * len(values) // min(batch, images))
+                    at = first * len(made[name]) // images  # of a clip as a whole there are fewer rows than images
+                    behind.write(made[name], slice(at, at + len(values)), values)
+                self.executions += stop - start
+                first += batch
         alive = {name: t for name, t in tensors.items() if self.last_use(name) >= stop}
         return alive | made
 
