@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import errno
-import mmap
 import os
 import resource
 import signal
@@ -19,7 +17,6 @@ from torch import Tensor
 
 from quiesce.errors import MemoryLimitError, RecipeError
 from quiesce.memory import (
-    LARGE,
     Memory,
     Peak,
     Stored,
@@ -135,34 +132,6 @@ def test_a_budget_below_the_least_is_refused_with_the_least() -> None:
     with pytest.raises(MemoryLimitError, match=r"budget of 1 MB is too small .* the least is 2\.02 MB, give that"):
         memory.reserve(3 * 10**6, 2 * 10**6)
     Memory(CPU, 10**6).reserve(3 * 10**6, 2 * 10**6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_tensors_lie_in_pages_of_their_own(dtype: torch.dtype) -> None:
-    like = torch.zeros(1, 8, 1024, dtype=dtype)
-    images = LARGE // (like.numel() * like.dtype.itemsize)
-    memory = Memory(CPU)
-    rows = memory.room(like, images)
-    assert isinstance(rows, Tensor) and rows.shape == (images, 8, 1024) and memory.held["device"] == LARGE
-    for first in range(0, images, 100):
-        rows[first : first + 100] = first
-    assert torch.equal(rows[:, 3, 5], (torch.arange(images) // 100 * 100).to(dtype))
-    del rows
-    assert memory.held["device"] == 0
-
-
-def test_a_file_takes_what_the_system_has_no_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = mmap.mmap
-
-    def refuse(file: int, size: int, **settings: int) -> mmap.mmap:
-        if file == -1:
-            raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        return whole(file, size, **settings)
-
-    monkeypatch.setattr("quiesce.memory.mmap.mmap", refuse)
-    memory = Memory(CPU)
-    rows = memory.room(torch.zeros(1, LARGE // 4), 1)
-    assert isinstance(rows, Stored) and memory.held == {"device": 0, "host": 0, "file": LARGE}
 
 
 def test_files_have_no_name_and_go_with_their_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ read and written by the same expressions: ``rows[first:stop]``, ``rows[index]``,
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import math
@@ -33,8 +32,6 @@ ALLOCATION_FAILED = (
 )
 """What errors of failed allocations say that are plain ``RuntimeError``s."""
 PLACES = ("device", "host", "file")
-LARGE = 32 * 2**20
-"""Bytes from which a tensor in host memory lies in huge pages."""
 SPARE = 0.1
 """Share of the free memory that a budget nobody stated leaves free."""
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -189,9 +186,7 @@ class Memory:
     def _allocated(self, place: str, values: int, dtype: torch.dtype) -> Tensor:
         if place == "file":
             return mapped((values,), dtype)
-        device = self.device if place == "device" else torch.device("cpu")
-        large = device.type == "cpu" and values * dtype.itemsize >= LARGE
-        return in_huge_pages(values, dtype) if large else torch.empty(values, dtype=dtype, device=device)
+        return torch.empty(values, dtype=dtype, device=self.device if place == "device" else torch.device("cpu"))
 
     def kept_as(self, dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.narrow and dtype is torch.float32 else dtype
@@ -256,26 +251,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def halved(images: int, together: int) -> int:
     """Return half of ``images``, a multiple of ``together``, and that at least."""
     return max(together, images // 2 // together * together)
-
-
-def in_huge_pages(values: int, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialized tensor [values], in huge pages where the system has them.
-
-    To touch new memory in pages of 4 KiB can take longer than all else that is done with it (docs/performance.md).
-
-    Raises:
-        MemoryError: the system has none left.
-    """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(values, dtype=dtype)
-    size = values * dtype.itemsize
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"{format_bytes(size)} of memory can't be had ({error.strerror})") from error
-    with contextlib.suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
 
 
 def mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
