@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 TABLES = (
     *("quick", "rates", "regularizer", "convergence"),
     *EVIDENCE,
-    *("candidates", "granularities", "images", "batches", "capacity", "references", "full"),
+    *("candidates", "granularities", "images", "batches", "capacity", "references", "full", "window"),
 )
 """In the order in which they are worth running."""
 RUNS = HERE.parent / "runs" / "bench"

@@ -138,7 +138,8 @@ def show_plan(arguments: argparse.Namespace) -> None:
         network(arguments.network), torch.randn(2, 3, arguments.size, arguments.size), Recipe.preset("nearest")
     )
     memory = Memory(torch.device("cuda"), parse_bytes(arguments.budget), stated=True)
-    rows = plan(Network(prepared.graph, memory), prepared.modules, memory, arguments.images, Sizes(32, 64, 1, arguments.resident or 0))
+    sizes = Sizes(32, 64, 1, arguments.resident or 0)
+    rows = plan(Network(prepared.graph, memory), prepared.modules, memory, arguments.images, sizes)
     for row in rows:
         places = ", ".join(f"{format_bytes(size)} {place}" for place, size in row.streams.items() if size)
         print(f"{row.unit}: {format_bytes(row.working)} to work on {row.step_images} images; streams {places}")
