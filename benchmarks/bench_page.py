@@ -20,7 +20,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench_rows import Key, Row, by_method, granularity_name, header, line, read_rows, signed, spread, top1
+from bench_rows import Key, Row, by_method, granularity_name, header, key_of, line, read_rows, signed, spread, top1
 from bench_studies import (
     STUDIED,
     amounts_table,
@@ -37,7 +37,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"
 PAGE, IMAGES = DOCS / "results.md", DOCS / "images"
 WEIGHTS = Path(__file__).parent / "weights"
-LISTED = ("rates", "regularizer", "candidates", "capacity")
+LISTED = ("rates", "regularizer", "candidates", "capacity", "window")
 """Tables with a line for each combination of settings."""
 FOLLOWING = "reconstruction.weight_step_size_lr"
 """Not listed: it goes with the rounding."""
@@ -100,6 +100,7 @@ def generated(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) ->
         "images": "",
         "batches": amounts_table(amounts_rows(rows)),
         "references": references_table(rows["references"], read_rows(REFERENCES)),
+        "full": full_table(rows["full"], [row for name in (*EASY, *EVIDENCE) for row in rows[name]]),
         "ranking": ranking_table([rows[name] for name in EVIDENCE]),
     }
     for name in LISTED:
@@ -273,6 +274,25 @@ def list_table(rows: Sequence[Row]) -> str:
         values = [spread(top1s), f"{statistics.fmean(sqnrs):.1f}"]
         lines.append(line([*[network] * several, bits, method, *values]))
     return "\n".join(lines)
+
+
+def full_table(rows: Sequence[Row], reduced: Sequence[Row]) -> str:
+    """Return top-1 at the presets' own steps, beside that of the same seed in the tables of few steps."""
+    reduced_of = {"qdrop": BASE_OF_BEST, "brecq": ("brecq-fast", "block"), "best": BEST}
+    few = {place_of(row): row for row in reduced}
+    lines = [header(["Network", "W/A", "Method", "200 steps", "20,000 steps", "Gain"], left=3)]
+    for row in sorted(rows, key=place_of):
+        network, (bits, preset, _), seed = place_of(row)
+        beside = few.get((network, (bits, *reduced_of[preset]), seed))
+        found = row["measured"]["top1"]
+        few_steps = None if beside is None else beside["measured"]["top1"]
+        values = ("", "") if few_steps is None else (f"{few_steps:.2f}", signed(found - few_steps))
+        lines.append(line([network, bits, f"`{preset}`", values[0], f"{found:.2f}", values[1]]))
+    return "\n".join(lines)
+
+
+def place_of(row: Row) -> tuple[str, Key, int]:
+    return row["cell"]["network"]["label"], key_of(row), row["cell"]["seed"]
 
 
 def convergence_table(rows: Sequence[Row], sweep: Sweep) -> str:
