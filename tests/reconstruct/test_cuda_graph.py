@@ -87,11 +87,11 @@ def test_a_gpu_without_memory_for_a_batch_takes_parts_of_it() -> None:
     prepared = prepare(Chain(1, channels=64).to(GPU), images(256, size=32), settings)
     torch.cuda.empty_cache()
     there, room = torch.cuda.mem_get_info(GPU)[1], 600 * 10**6
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + room) / there, GPU)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + room) / there)
     try:
         found = walked(prepared, settings, Memory(GPU))
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, GPU)
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert launched(found) == {"captured"}
     assert {r.micro_batch for r in found.records} & {32, 64, 128}
     assert all(math.isfinite(loss) for r in found.records for _, loss in r.loss_curve)
