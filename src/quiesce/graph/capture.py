@@ -12,6 +12,7 @@ import io
 import logging
 import operator
 import re
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -258,8 +259,14 @@ def _constant_batch(error: Exception) -> str | None:
 
 
 def _user_line(error: Exception) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FRAMES)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_ours(f.filename)]
     return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+
+
+def _is_ours(file: str) -> bool:
+    """True for what is torch's, Quiesce's or Python's own; packages may lie within Python's library."""
+    installed = file.startswith((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    return file.startswith(OWN_FRAMES) or (file.startswith(sysconfig.get_path("stdlib")) and not installed)
 
 
 def _reason(error: Exception) -> str:
