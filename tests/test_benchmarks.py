@@ -259,3 +259,13 @@ class TestImageNet:
         assert "63.71" in lines["BRECQ"] and "7.30" in lines["BRECQ"]
         top1 = float(lines["QDrop + scheme"].split("│")[2])
         assert 0 <= top1 <= 100
+
+
+def test_memory_is_measured_and_a_longer_run_computed() -> None:
+    few = ("--network", "squeezenet1_1", "--images", "64", "--size", "64", "--batch", "2", "--resident", "4")
+    command = [sys.executable, str(BENCHMARKS / "memory.py"), *few, "--steps", "102", "--of", "200"]
+    done = subprocess.run([*command, "--one", "120MB"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 0 < found["peak"] < 240e6
+    assert 0 < 100 * found["step_of_all"] < found["units_seconds"] < found["wall_seconds"]
