@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quiesce.reconstruct.order import USES, Order, draw_order
+from quiesce.reconstruct.order import ROUNDS, USES, Order, draw_order
 
 
 def seeded() -> torch.Generator:
@@ -51,7 +51,7 @@ def test_without_a_window_all_are_at_hand() -> None:
         assert order.size == 24 and not order.first.any()
 
 
-@pytest.mark.parametrize(("steps", "rounds"), [(50, 1), (USES * 64 // 8, 1), (2 * USES * 64 // 8, 2), (5000, 19)])
+@pytest.mark.parametrize(("steps", "rounds"), [(4, 1), (16, 2), (50, ROUNDS), (5 * USES * 64 // 8, 5), (5000, 19)])
 def test_images_come_again_where_there_are_steps_for_it(steps: int, rounds: int) -> None:
     order = draw_order(64, steps, 8, seeded(), window=16)
     assert len(order.visits) == rounds * 64

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROUNDS = 4
+"""Times that an image comes into the window, if it takes part in as many steps: what comes last is not to decide alone
+(docs/results.md)."""
 USES = 32
-"""Steps that an image takes part in on average while it is in the window, if there are steps for that."""
+"""Steps that an image takes part in on average while it is in the window, if there are steps for more rounds."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,12 @@ def draw_order(
     """Draw the batches of all steps from ``images``; neighbours ``together`` stay together.
 
     A ``window`` of fewer images takes in all of them in random order, as many at a time as a batch has, evenly over the
-    steps: once, and as often again as each image is used ``USES`` times. Where there is none it holds all.
+    steps: ``ROUNDS`` times, or once for each ``USES`` that are made of an image. Where there is none it holds all.
     """
     clips, batch = images // together, batch_size // together
     size = clips if window is None else min(clips, window // together)
-    rounds = max(1, steps * batch // (clips * USES)) if size < clips else 1
+    uses = steps * batch // clips
+    rounds = max(1, min(ROUNDS, uses), uses // USES) if size < clips else 1
     # The same order in each round: so the window holds no image twice.
     visits = torch.randperm(clips, generator=generator).repeat(rounds) if size < clips else torch.arange(clips)
     groups = -(-(len(visits) - size) // batch)
