@@ -103,9 +103,8 @@ def measured(arguments: argparse.Namespace, budget: str | None) -> dict[str, flo
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     assert peak.bytes is not None
     units = sum(record.seconds for record in report.unit_records)
-    kept: dict[str, float] = {"host": report.memory.host, "file": report.memory.file}
-    kept |= {"step_of_all": sum(steps)}
-    return {"peak": peak.bytes, "cpu_seconds": cpu, "wall_seconds": wall, "units_seconds": units} | kept
+    taken = {"cpu_seconds": cpu, "wall_seconds": wall, "units_seconds": units, "step_of_all": sum(steps)}
+    return taken | {"peak": peak.bytes, "host": report.memory.host, "file": report.memory.file}
 
 
 def shorten(arguments: argparse.Namespace, seconds: list[float]) -> None:

@@ -714,7 +714,7 @@ def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fused
     if reconstruction is not None and reconstruction.fisher:
         # Room for the work on units is kept before Fisher weights take any.
         sizes = Sizes.of(recipe, prepared.together)
-        reserve(network.memory, [Needs.of(network, module, sizes.resident) for module in prepared.modules], sizes)
+        reserve(network.memory, [Needs.of(network, module, sizes) for module in prepared.modules], sizes)
         generator = torch.Generator().manual_seed(processes.seed(recipe.seed))
         names = {
             n
@@ -803,7 +803,7 @@ def _check_memory(
     network = Network(graph, _memory(graph, device, budget, recipe, processes))
     sizes = Sizes.of(recipe, together)
     units = [reach(module, modules, _overlap(recipe)) for module in modules]
-    reserve(network.memory, [Needs.of(network, unit, sizes.resident) for unit in units], sizes)
+    reserve(network.memory, [Needs.of(network, unit, sizes) for unit in units], sizes)
 
 
 def _overlap(recipe: Recipe) -> int:

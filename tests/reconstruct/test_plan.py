@@ -53,7 +53,8 @@ def test_results_are_the_same_bit_for_bit_wherever_streams_are(name: str, stream
     prepared = prepare(Assorted(), images(32), chosen)
     found = {}
     working = Memory()
-    reserve(working, [Needs.of(Network(prepared.graph), m) for m in prepared.modules], Sizes.of(chosen, 1))
+    sizes = Sizes.of(chosen, 1)
+    reserve(working, [Needs.of(Network(prepared.graph), m, sizes) for m in prepared.modules], sizes)
     budgets = (None, 0, working.reserved + 70_000)  # on the device, in files, in both
     for budget in budgets:
         restore(prepared.graph, prepared.initial)

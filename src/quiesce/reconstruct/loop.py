@@ -72,7 +72,7 @@ class Job:
 
     def make_room(self, units: Iterable[Unit]) -> None:
         """Keep memory for work on any of ``units``; raises ``MemoryLimitError`` if a stated budget does not suffice."""
-        reserve(self.network.memory, [Needs.of(self.network, unit, self.sizes.resident) for unit in units], self.sizes)
+        reserve(self.network.memory, [Needs.of(self.network, unit, self.sizes) for unit in units], self.sizes)
 
     def learns(self, unit: Unit) -> bool:
         """False for a unit that is left float: it has nothing to optimize."""
@@ -235,7 +235,7 @@ class _Walk:
         job, memory = self.job, self.job.network.memory
         problem = self._problem(unit)
         before, batch = snapshot(problem.module), job.reconstruction.batch_size
-        images = step_images(memory, Needs.of(job.network, unit, job.sizes.resident), job.sizes)
+        images = step_images(memory, Needs.of(job.network, unit, job.sizes), job.sizes)
         while True:
             done = progress.done
             try:

@@ -29,14 +29,13 @@ class Needs:
     """For each image of a forward pass."""
 
     @classmethod
-    def of(cls, network: Network, unit: Unit, resident: int = 0) -> Needs:
-        """``resident`` images are kept on the device for the steps (:class:`Sizes`)."""
+    def of(cls, network: Network, unit: Unit, sizes: Sizes) -> Needs:
         inside = network.nodes[unit.start : unit.stop]
         ends = boundary(network.nodes, unit.start, unit.stop)
         quantizers = network.weight_quantizers(unit.start, unit.stop)
         weights = sum(q.quantized.numel() * q.scale.dtype.itemsize for q in quantizers)
         fed = 2 * network.row_bytes(ends.inputs) + network.row_bytes(ends.outputs)  # the next step's batch
-        held = resident * fed
+        held = sizes.resident * fed
         if network.memory.device.type == "cuda":
             fed *= 2  # and the one that a captured step reads, into which it is copied
         step = STEP * network.row_bytes(n.name for n in inside) + fed
@@ -109,7 +108,7 @@ def plan(network: Network, units: Sequence[Unit], memory: Memory, images: int, s
 
     Places are found as in a run: in the order in which streams are made, each in the first place that has room.
     """
-    needs = [Needs.of(network, unit, sizes.resident) for unit in units]
+    needs = [Needs.of(network, unit, sizes) for unit in units]
     reserve(memory, needs, sizes)
     planned = []
     alive: list[dict[str, tuple[str, int]]] = [{}, {}]
