@@ -13,7 +13,7 @@ from quiesce.outputs import write_text
 
 Row = dict[str, Any]
 Key = tuple[str, str, str | None]
-"""Bits, preset, and granularity with its overlap."""
+"""Bits, preset, and granularity with its overlap, and a drop that is not the preset's."""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -39,11 +39,13 @@ def key_of(row: Row) -> Key:
     cell, settings = row["cell"], row["cell"]["settings"]
     usual = {"nearest": None, "adaround-fast": "layer"}
     method = settings.get("granularity.method", usual.get(cell["preset"], "block"))
-    return cell["bits"], cell["preset"], granularity_name(method, settings.get("granularity.overlap", 0))
+    overlap, drop = settings.get("granularity.overlap", 0), settings.get("reconstruction.drop_prob")
+    return cell["bits"], cell["preset"], granularity_name(method, overlap, drop)
 
 
-def granularity_name(method: str | None, overlap: int) -> str | None:
-    return f"{method}, overlap {overlap}" if overlap else method
+def granularity_name(method: str | None, overlap: int, drop: float | None) -> str | None:
+    name = f"{method}, overlap {overlap}" if overlap else method
+    return name if drop is None else f"{name}, drop {drop:g}"
 
 
 def top1(rows: Mapping[int, Row]) -> dict[int, float]:
