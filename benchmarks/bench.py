@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from bench_page import EVIDENCE, check_page, write_page
-from bench_rows import Row, read_rows, write_rows
+from bench_rows import Row, identity, read_rows, write_rows
 from quiesce.errors import QuiesceError
-from quiesce.files import flat, read_json
-from quiesce.recipe import Recipe
+from quiesce.files import read_json
 from quiesce.result import Result
 from quiesce.sweep.cell import CELL_FILE, RESULT_FILE, deciding_versions
 from quiesce.sweep.plan import Cell, Sweep, read_sweep
@@ -54,16 +53,6 @@ MEASURED = (
 """Entries of a run (docs/result.md) that are kept."""
 WITHIN = 3.0
 """Pooled standard deviations between a cell and its repetition."""
-
-
-def identity(cell: Cell) -> dict[str, Any]:
-    """Return what tells a cell from others: network, data, preset, and the settings that are not the preset's."""
-    recipe = cell.recipe
-    usual = flat(Recipe.preset(recipe.name).to_dict())
-    settings = {key: value for key, value in flat(recipe.to_dict()).items() if value != usual[key] and key != "seed"}
-    network = {key: getattr(cell.network, key) for key in ("label", "model", "weights", "calibration", "evaluate")}
-    data = {"network": network, "images": cell.network.images, "bits": cell.bits, "preset": recipe.name}
-    return json.loads(json.dumps(data | {"settings": settings, "seed": recipe.seed}))  # type: ignore[no-any-return]
 
 
 def key(cell: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench_rows import Key, Row, by_method, granularity_name, header, key_of, line, read_rows, signed, spread, top1
+from bench_rows import Key, Row, by_method, header, identity, key_of, line, read_rows, signed, spread, top1
 from bench_studies import (
     STUDIED,
     amounts_table,
@@ -31,8 +31,7 @@ from bench_studies import (
     references_table,
 )
 from quiesce.outputs import write_bytes, write_text
-from quiesce.recipe import PRESETS
-from quiesce.sweep.plan import Cell, Sweep
+from quiesce.sweep.plan import Sweep
 
 DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"
@@ -167,15 +166,6 @@ def networks_table() -> str:
     return "\n".join(lines)
 
 
-def key_of_cell(cell: Cell) -> Key:
-    recipe, granularity = cell.recipe, cell.recipe.granularity
-    if granularity is None or recipe.reconstruction is None:
-        return cell.bits, recipe.name, None
-    drop, usual = recipe.reconstruction.drop_prob, PRESETS[recipe.name].reconstruction
-    other = None if usual is None or drop == usual.drop_prob else drop
-    return cell.bits, recipe.name, granularity_name(granularity.method, granularity.overlap, other)
-
-
 def coverage(rows: Sequence[Row], sweep: Sweep) -> str:
     """Tell how much of the table is there, what float has, and on what it was measured."""
     if not rows:
@@ -198,7 +188,7 @@ def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
     """Return top-1, mean and standard deviation over seeds, by method and bits."""
     done = by_method(rows)
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
-    methods = sorted({key_of_cell(cell)[1:] for cell in sweep.cells}, key=method_order)
+    methods = methods_of(sweep)
     lines = [header(["Method", "Granularity", *columns, "Seconds"], left=2)]
     for preset, granularity in methods:
         cells = [done.get((bits, preset, granularity), {}) for bits in columns]
@@ -208,6 +198,10 @@ def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
         values = [spread(list(top1(own).values())) for own in cells]
         lines.append(line([f"`{preset}`", granularity or "–", *values, shown]))
     return "\n".join(lines)
+
+
+def methods_of(sweep: Sweep) -> list[tuple[str, str | None]]:
+    return sorted({key_of(identity(cell))[1:] for cell in sweep.cells}, key=method_order)
 
 
 def method_order(method: tuple[str, str | None]) -> tuple[int, int]:
@@ -221,7 +215,7 @@ def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
     """Return what each granularity adds to its base method: points of top-1, and the share of the drop it removes."""
     done = by_method(rows)
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
-    methods = sorted({key_of_cell(cell)[1:] for cell in sweep.cells}, key=method_order)
+    methods = methods_of(sweep)
     lines = [header(["Base", "With", *columns], left=2)]
     merged = [(preset, "block", (preset, granularity)) for preset, granularity in methods if granularity in MERGED]
     for preset, plain, other in [*merged, (*BASE_OF_BEST, BEST)]:
@@ -229,7 +223,7 @@ def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
         for bits in columns:
             base, better = (top1(done.get((bits, *method), {})) for method in ((preset, plain), other))
             shown.append(gain(base, better, rows[0]["float_top1"] if rows else math.nan))
-        lines.append(line([f"`{preset}`", other[1] if other[0] == preset else "`best-fast`", *shown]))
+        lines.append(line([f"`{preset}`", "`best-fast`" if other == BEST else other[1], *shown]))
     return "\n".join(lines)
 
 
@@ -296,7 +290,7 @@ def full_table(rows: Sequence[Row], reduced: Sequence[Row]) -> str:
 
 
 def place_of(row: Row) -> tuple[str, Key, int]:
-    return row["cell"]["network"]["label"], key_of(row), row["cell"]["seed"]
+    return row["cell"]["network"]["label"], key_of(row["cell"]), row["cell"]["seed"]
 
 
 def convergence_table(rows: Sequence[Row], sweep: Sweep) -> str:

@@ -8,12 +8,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quiesce.files import read_json
+from quiesce.files import flat, read_json
 from quiesce.outputs import write_text
+from quiesce.recipe import Recipe
+from quiesce.sweep.plan import Cell
 
 Row = dict[str, Any]
 Key = tuple[str, str, str | None]
 """Bits, preset, and granularity with its overlap, and a drop that is not the preset's."""
+
+
+def identity(cell: Cell) -> dict[str, Any]:
+    """Return what tells a cell from others: network, data, preset, and the settings that are not the preset's."""
+    recipe = cell.recipe
+    usual = flat(Recipe.preset(recipe.name).to_dict())
+    settings = {key: value for key, value in flat(recipe.to_dict()).items() if value != usual[key] and key != "seed"}
+    network = {key: getattr(cell.network, key) for key in ("label", "model", "weights", "calibration", "evaluate")}
+    data = {"network": network, "images": cell.network.images, "bits": cell.bits, "preset": recipe.name}
+    return json.loads(json.dumps(data | {"settings": settings, "seed": recipe.seed}))  # type: ignore[no-any-return]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -31,21 +43,18 @@ def by_method(rows: Sequence[Row]) -> dict[Key, dict[int, Row]]:
     """Return the rows by method, then by seed."""
     found: dict[Key, dict[int, Row]] = {}
     for row in rows:
-        found.setdefault(key_of(row), {})[row["cell"]["seed"]] = row
+        found.setdefault(key_of(row["cell"]), {})[row["cell"]["seed"]] = row
     return found
 
 
-def key_of(row: Row) -> Key:
-    cell, settings = row["cell"], row["cell"]["settings"]
+def key_of(cell: Mapping[str, Any]) -> Key:
+    """Return the method of a cell's :func:`identity`."""
+    settings = cell["settings"]
     usual = {"nearest": None, "adaround-fast": "layer"}
     method = settings.get("granularity.method", usual.get(cell["preset"], "block"))
     overlap, drop = settings.get("granularity.overlap", 0), settings.get("reconstruction.drop_prob")
-    return cell["bits"], cell["preset"], granularity_name(method, overlap, drop)
-
-
-def granularity_name(method: str | None, overlap: int, drop: float | None) -> str | None:
     name = f"{method}, overlap {overlap}" if overlap else method
-    return name if drop is None else f"{name}, drop {drop:g}"
+    return cell["bits"], cell["preset"], name if drop is None else f"{name}, drop {drop:g}"
 
 
 def top1(rows: Mapping[int, Row]) -> dict[int, float]:

@@ -110,7 +110,7 @@ def amounts(rows: Sequence[Row]) -> dict[tuple[int, int], dict[str | None, list[
     for row in rows:
         batch = row["cell"]["settings"].get("reconstruction.batch_size", 32)
         methods = found.setdefault((row["cell"]["images"], batch), {})
-        methods.setdefault(key_of(row)[2], []).append(row["measured"]["top1"])
+        methods.setdefault(key_of(row["cell"])[2], []).append(row["measured"]["top1"])
     return found
 
 
