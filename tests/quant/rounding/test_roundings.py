@@ -82,6 +82,19 @@ class TestContract:
         floor = floors(weight, spec, scale, zero_point)
         neighbours = [(floor + up).clamp(spec.quant_min, spec.quant_max) for up in (0, 1)]
         assert ((integers == neighbours[0]) | (integers == neighbours[1])).all()
+        rejected = rounding.rejected()
+        assert rejected.dtype == spec.dtype and torch.equal(integers + rejected, sum(neighbours).to(spec.dtype))
+
+    def test_doubts_what_lies_between_two_integers(self, name: str, spec: QuantizationSpec) -> None:
+        weight = torch.randn(6, 10)
+        rounding = ROUNDINGS[name](weight, spec, *grid(weight, spec))
+        with torch.no_grad():
+            rounding.V.fill_(50.0)
+            rounding.V[0] = -50.0
+            rounding.V[1] = 0.0
+        doubt = rounding.doubt()
+        assert doubt.shape == weight.shape and not doubt.requires_grad
+        assert (doubt[1] == 0.5).all() and (doubt[0] == 0).all() and (doubt[2:] == 0).all()
 
     def test_a_warm_start_hardens_to_what_it_started_from(self, name: str, spec: QuantizationSpec) -> None:
         weight = torch.randn(6, 10)

@@ -65,9 +65,20 @@ class AdaRound(Rounding):
         self.V.grad = penalty_gradient(self.V, self.V.grad, beta, weight, fused=self.fused)
 
     @torch.no_grad()
+    def doubt(self) -> Tensor:
+        h = soft_rounding(self.V)
+        return torch.minimum(h, 1.0 - h)
+
     def harden(self) -> Tensor:
         """Return the integers: up where V ≥ 0 (h ≥ ½), down elsewhere."""
-        integers = self.base + (self.V >= 0)
+        return self._integers(self.V >= 0)
+
+    def rejected(self) -> Tensor:
+        return self._integers(self.V < 0)
+
+    @torch.no_grad()
+    def _integers(self, up: Tensor) -> Tensor:
+        integers = self.base + up
         return integers.clamp(self.spec.quant_min, self.spec.quant_max).to(self.spec.dtype)
 
 

@@ -51,5 +51,13 @@ class Rounding(nn.Module, ABC):
         return scale
 
     @abstractmethod
+    def doubt(self) -> Tensor:
+        """Return how far each weight is from a decision, from 0 to ½, in the weight's shape."""
+
+    @abstractmethod
     def harden(self) -> Tensor:
         """Return the integers decided for, in the spec's dtype and the weight's shape."""
+
+    @abstractmethod
+    def rejected(self) -> Tensor:
+        """Return the integers decided against, as :meth:`harden` does; a clipped weight has but one integer."""
