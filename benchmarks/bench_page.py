@@ -42,8 +42,10 @@ LISTED = ("rates", "regularizer", "candidates", "capacity", "window")
 FOLLOWING = "reconstruction.weight_step_size_lr"
 """Not listed: it goes with the rounding."""
 BASES = ("brecq-fast", "qdrop-fast")
-BEST = ("brecq-fast", "loss-descent, overlap 1, drop 0.25")
-"""What the preset ``best-fast`` is."""
+UNSETTLED = ("brecq-fast", "loss-descent, overlap 1, drop 0.25")
+BEST = (UNSETTLED[0], f"{UNSETTLED[1]}, settled 16")
+"""What the preset ``best-fast`` is; and what it was before undecided roundings were settled, shown where there is no
+more."""
 BASE_OF_BEST = ("qdrop-fast", "block")
 EASY = ("quick",)
 EVIDENCE = (
@@ -51,7 +53,16 @@ EVIDENCE = (
     *("emoji_mobilenetv2_035", "emoji_mobilenetv2_075", "emoji_mobilenetv2_100"),
 )
 """Tables of the README's table."""
-MERGED = ("modcap", "loss", "loss-descent", "scheme", "block, overlap 1", "loss-descent, overlap 1", BEST[1])
+MERGED = (
+    "modcap",
+    "loss",
+    "loss-descent",
+    "scheme",
+    "block, overlap 1",
+    "loss-descent, overlap 1",
+    UNSETTLED[1],
+    BEST[1],
+)
 """Granularities beside blocks."""
 REFERENCES = Path(__file__).parent / "results" / "qdrop_reference.json"
 WIDTH = 120
@@ -121,7 +132,10 @@ def readme(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
-    """Return top-1 of the methods in their usual granularity, a line for each network and bits that `best` has run."""
+    """Return top-1 of the methods in their usual granularity, a line for each network and bits that `best` has run.
+
+    Where it has run only as it was before, that is shown with a star.
+    """
     usual: dict[str, str | None] = {"nearest": None, "adaround-fast": "layer", **dict.fromkeys(BASES, "block")}
     methods = {preset: (preset, granularity) for preset, granularity in usual.items()} | {"best-fast": BEST}
     lines = [header(["Network", "W/A", "Float", *[f"`{name}`" for name in methods]], left=2)]
@@ -129,9 +143,12 @@ def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
         done = by_method(own)
         for bits in ("W2A4", "W2A2"):
             found = [list(top1(done.get((bits, *method), {})).values()) for method in methods.values()]
-            if found[-1]:
+            *others, best = map(spread, found)
+            if before := spread(list(top1(done.get((bits, *UNSETTLED), {})).values())):
+                best = best or f"{before} *"
+            if best:
                 label, float_top1 = own[0]["cell"]["network"]["label"], f"{own[0]['float_top1']:.2f}"
-                lines.append(line([label, bits, float_top1, *map(spread, found)]))
+                lines.append(line([label, bits, float_top1, *others, best]))
     return "\n".join(lines)
 
 
@@ -196,7 +213,8 @@ def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
         seconds = [row["measured"]["seconds"] for row in own_rows]
         shown = f"{statistics.fmean(seconds):.0f}" if seconds else ""
         values = [spread(list(top1(own).values())) for own in cells]
-        lines.append(line([f"`{preset}`", granularity or "–", *values, shown]))
+        names = ("`best-fast`", "") if (preset, granularity) == BEST else (f"`{preset}`", granularity or "–")
+        lines.append(line([*names, *values, shown]))
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from quiesce.sweep.plan import Cell
 
 Row = dict[str, Any]
 Key = tuple[str, str, str | None]
-"""Bits, preset, and granularity with its overlap, and a drop that is not the preset's."""
+"""Bits, preset, and granularity with its overlap, and a drop and settled roundings that are not the preset's."""
 
 
 def identity(cell: Cell) -> dict[str, Any]:
@@ -52,9 +52,13 @@ def key_of(cell: Mapping[str, Any]) -> Key:
     settings = cell["settings"]
     usual = {"nearest": None, "adaround-fast": "layer"}
     method = settings.get("granularity.method", usual.get(cell["preset"], "block"))
-    overlap, drop = settings.get("granularity.overlap", 0), settings.get("reconstruction.drop_prob")
-    name = f"{method}, overlap {overlap}" if overlap else method
-    return cell["bits"], cell["preset"], name if drop is None else f"{name}, drop {drop:g}"
+    told = {
+        "overlap": settings.get("granularity.overlap"),
+        "drop": settings.get("reconstruction.drop_prob"),
+        "settled": settings.get("reconstruction.settled_roundings"),
+    }
+    also = [f"{name} {value:g}" for name, value in told.items() if value]
+    return cell["bits"], cell["preset"], ", ".join([method, *also]) if also else method
 
 
 def top1(rows: Mapping[int, Row]) -> dict[int, float]:

