@@ -72,17 +72,16 @@ def settle(problem: Problem, doubts: Sequence[Doubt], images: Tensor, at_a_time:
     if not doubts:
         return 0
     turned = [False] * len(doubts)
-    least = _loss(problem, images, at_a_time)
-    for _ in range(ROUNDS):
-        before = least
-        for i, doubt in enumerate(doubts):
-            doubt.turn()
-            loss = _loss(problem, images, at_a_time)
-            if loss < least:
-                least, turned[i] = loss, not turned[i]
-            else:
-                doubt.turn()
-        if least == before:
+    least, useless = _loss(problem, images, at_a_time), 0
+    for i in [*range(len(doubts))] * ROUNDS:
+        doubts[i].turn()
+        loss = _loss(problem, images, at_a_time)
+        if loss < least:
+            least, turned[i], useless = loss, not turned[i], 1  # turned back, it would be worse again
+        else:
+            doubts[i].turn()
+            useless += 1
+        if useless == len(doubts):
             break
     return sum(turned)
 
