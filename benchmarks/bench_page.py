@@ -42,10 +42,10 @@ LISTED = ("rates", "regularizer", "candidates", "capacity", "window")
 FOLLOWING = "reconstruction.weight_step_size_lr"
 """Not listed: it goes with the rounding."""
 BASES = ("brecq-fast", "qdrop-fast")
-UNSETTLED = ("brecq-fast", "loss-descent, overlap 1, drop 0.25")
-BEST = (UNSETTLED[0], f"{UNSETTLED[1]}, settled 16")
-"""What the preset ``best-fast`` is; and what it was before undecided roundings were settled, shown where there is no
-more."""
+UNPUSHED = ("brecq-fast", "loss-descent, overlap 1, drop 0.25")
+BEST = (UNPUSHED[0], f"{UNPUSHED[1]}, push 3")
+"""What the preset ``best-fast`` is; and what it was before roundings were pushed to decisions, shown where there is
+no more."""
 BASE_OF_BEST = ("qdrop-fast", "block")
 EASY = ("quick",)
 EVIDENCE = (
@@ -60,7 +60,7 @@ MERGED = (
     "scheme",
     "block, overlap 1",
     "loss-descent, overlap 1",
-    UNSETTLED[1],
+    UNPUSHED[1],
     BEST[1],
 )
 """Granularities beside blocks."""
@@ -144,7 +144,7 @@ def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
         for bits in ("W2A4", "W2A2"):
             found = [list(top1(done.get((bits, *method), {})).values()) for method in methods.values()]
             *others, best = map(spread, found)
-            if before := spread(list(top1(done.get((bits, *UNSETTLED), {})).values())):
+            if before := spread(list(top1(done.get((bits, *UNPUSHED), {})).values())):
                 best = best or f"{before} *"
             if best:
                 label, float_top1 = own[0]["cell"]["network"]["label"], f"{own[0]['float_top1']:.2f}"
@@ -230,12 +230,13 @@ def method_order(method: tuple[str, str | None]) -> tuple[int, int]:
 
 
 def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
-    """Return what each granularity adds to its base method: points of top-1, and the share of the drop it removes."""
+    """Return what each granularity, and ``best``, adds to its base: points of top-1, and the share of the drop."""
     done = by_method(rows)
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
     methods = methods_of(sweep)
     lines = [header(["Base", "With", *columns], left=2)]
-    merged = [(preset, "block", (preset, granularity)) for preset, granularity in methods if granularity in MERGED]
+    shown_above = {method for method in methods if method[1] not in MERGED or method == UNPUSHED}
+    merged = [(method[0], "block", method) for method in methods if method not in shown_above]
     for preset, plain, other in [*merged, (*BASE_OF_BEST, BEST)]:
         shown = []
         for bits in columns:

@@ -15,7 +15,7 @@ from quiesce.sweep.plan import Cell
 
 Row = dict[str, Any]
 Key = tuple[str, str, str | None]
-"""Bits, preset, and granularity with its overlap, and a drop and settled roundings that are not the preset's."""
+"""Bits, preset, and granularity with its overlap, and a drop and a push that are not the preset's."""
 
 
 def identity(cell: Cell) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def key_of(cell: Mapping[str, Any]) -> Key:
     told = {
         "overlap": settings.get("granularity.overlap"),
         "drop": settings.get("reconstruction.drop_prob"),
-        "settled": settings.get("reconstruction.settled_roundings"),
+        "push": settings.get("reconstruction.decision_push"),
     }
     also = [f"{name} {value:g}" for name, value in told.items() if value]
     return cell["bits"], cell["preset"], ", ".join([method, *also]) if also else method

@@ -52,12 +52,12 @@ class TestPage:
         assert len(values) == 3
         assert f"| `nearest` | – | {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} |" in page
 
-    def test_the_readme_shows_best_which_is_brecq_with_other_units_a_drop_and_settled_roundings(self) -> None:
+    def test_the_readme_shows_best_which_is_brecq_with_other_units_a_drop_and_a_push(self) -> None:
         settings = {
             "granularity.method": "loss-descent",
             "granularity.overlap": 1,
             "reconstruction.drop_prob": 0.25,
-            "reconstruction.settled_roundings": 16,
+            "reconstruction.decision_push": 3.0,
         }
         best, same = Recipe.preset("best-fast"), Recipe.preset("brecq-fast", **settings)
         assert dataclasses.replace(best, name="") == dataclasses.replace(same, name="")

@@ -67,7 +67,6 @@ def test_what_a_reader_must_know_comes_with_every_run() -> None:
         "resumed": False,
         "micro_batch": None,
         "cuda_graph": None,
-        "settled": 0,
     }
 
 

@@ -41,7 +41,7 @@ from transformer import transformer
 SIZE = 2
 STEPS = 50
 SEED = 5
-WHOLE = {"steps": 20, "batch_size": 8, "settled_roundings": 8}
+WHOLE = {"steps": 20, "batch_size": 8}
 """Settings of runs over the whole network; so few steps that merges are not decided by shorter passes."""
 Found = dict[str, Any]
 

@@ -244,9 +244,10 @@ class ReconstructionRecipe:
     beta_end: float = 2.0
     drop_prob: float = 0.0
     """Chance that an element is *not* quantized while optimizing (QDrop: 0.5; its code's ``prob`` is 1 − this)."""
-    settled_roundings: int = 0
-    """Most roundings of a unit that, left undecided when its steps are over, are tried both ways by its loss. In a unit
-    of few weights a single one can double it. 0 rounds all to the nearer integer (AdaRound)."""
+    decision_push: float = 0.0
+    """How far, at the last step and in multiples of Adam's steps, roundings are pushed to a decision beside Adam; it
+    rises from 0 over the second half of the steps. (The regularizer acts through Adam, where the loss can outweigh it.)
+    0: no push."""
     resident_images: int | None = None
     """Batches are drawn from a window of so many images, which takes in all of them as steps go on, so that no more
     have to be on the device where they do not all fit; None draws from all."""
@@ -267,8 +268,7 @@ class ReconstructionRecipe:
         for name in ("rounding_lr", "step_size_lr", "weight_step_size_lr", "beta_end"):
             _check(getattr(self, name) > 0, f"{where}{name} is {getattr(self, name)}; give a number above 0.")
         _check(self.beta_start >= self.beta_end, f"{where}beta_start is below beta_end; β falls during the run.")
-        settled = self.settled_roundings
-        _check(settled >= 0, f"{where}settled_roundings is {settled}; give 0 or more.")
+        _check(self.decision_push >= 0, f"{where}decision_push is {self.decision_push}; give 0 or more.")
         _check(0 <= self.warmup < 1, f"{where}warmup is {self.warmup}; give a share in [0, 1).")
         _check(0 <= self.drop_prob < 1, f"{where}drop_prob is {self.drop_prob}; give a probability in [0, 1).")
         weight = self.regularizer_weight
@@ -565,7 +565,7 @@ _BRECQ = Recipe()
 _QDROP = Recipe(reconstruction=ReconstructionRecipe(drop_prob=0.5))
 _BEST = Recipe(
     granularity=GranularityRecipe(method="loss-descent", overlap=1),
-    reconstruction=ReconstructionRecipe(relative_regularizer=_DECISIVE, drop_prob=0.25, settled_roundings=16),
+    reconstruction=ReconstructionRecipe(relative_regularizer=_DECISIVE, drop_prob=0.25, decision_push=3.0),
 )
 
 PRESETS: dict[str, Recipe] = {

@@ -41,8 +41,6 @@ class UnitRecord:
     """Images that its steps worked on at a time, adding up to the same batch, where memory had no room for a batch."""
     cuda_graph: str | None = None
     """How its steps were launched on a GPU: "captured", as a CUDA graph, or "eager", and why; None elsewhere."""
-    settled: int = 0
-    """Roundings that learning had left undecided and the loss has turned, once the steps were over."""
 
 
 @dataclass

@@ -41,7 +41,7 @@ def launched(done: Pass) -> set[str | None]:
 @pytest.mark.parametrize("kernels", ["eager", "fused"])
 @pytest.mark.parametrize("rounding", sorted(ROUNDINGS))
 def test_captured_steps_give_the_bits_of_those_that_are_not(rounding: str, kernels: str) -> None:
-    settings = recipe(steps=60, rounding=rounding, warmup=0.5, fisher=True)
+    settings = recipe(steps=60, rounding=rounding, warmup=0.5, fisher=True, decision_push=3.0)
     prepared = prepare(Assorted().to(GPU), images(32), settings)
     graph, eager = (walked(prepared, settings, Memory(GPU), graphs=graphs, kernels=kernels) for graphs in (True, False))
     assert launched(graph) == {"captured"}

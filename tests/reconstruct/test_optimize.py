@@ -24,6 +24,7 @@ from quiesce.recipe import PRESETS, ReconstructionRecipe
 from quiesce.reconstruct.batches import Problem
 from quiesce.reconstruct.losses import squared_error
 from quiesce.reconstruct.optimize import error_per_weight, optimize
+from quiesce.reconstruct.step import Learned, Schedule, Step
 from quiesce.reconstruct.streams import Network, Streams
 
 LEARNING = sorted(name for name, row in PRESETS.items() if row.reconstruction is not None)
@@ -234,25 +235,56 @@ def test_batches_are_never_larger_than_the_images(chain: Prepared) -> None:
     learn(problem, settings_of("brecq", batch_size=1000), steps=2)
 
 
-def test_the_regularizer_decides_the_rounding(chain: Prepared) -> None:
-    """With a strong λ soft weights end where hardening leaves them: the last loss is the hardened unit's."""
+def test_the_regularizer_and_the_push_decide_the_rounding(chain: Prepared) -> None:
+    """With a strong λ or a push soft weights end where hardening leaves them: the last loss is the hardened unit's."""
     problem = problem_of(chain, 2)
     count = problem.targets[0].shape[0]
-    settings = settings_of("adaround", batch_size=count, rounding_lr=5e-2)
     gaps = {}
-    for weight in (0.0, 0.1):
+    for weight, push in ((0.0, 0.0), (0.1, 0.0), (0.0, 5.0)):
         restore(chain.graph, chain.initial)
         curve = optimize(
             problem,
-            settings,
+            settings_of("adaround", batch_size=count, rounding_lr=5e-2, decision_push=push),
             steps=150,
             regularizer_weight=weight,
             warm=(),
             seed=0,
             on_step=lambda: None,
         ).curve
-        gaps[weight] = abs(loss_of(problem) - curve[-1][1]) / loss_of(problem)
-    assert gaps[0.1] < 0.1 < gaps[0.0]
+        gaps[weight, push] = abs(loss_of(problem) - curve[-1][1]) / loss_of(problem)
+    assert gaps[0.1, 0.0] < 0.1 < gaps[0.0, 0.0]
+    assert gaps[0.0, 5.0] < 0.1
+
+
+def test_the_push_rises_over_the_second_half_and_slows_down_with_the_rates() -> None:
+    schedule = Schedule(settings_of("brecq", decision_push=3.0), 0.0, 100, torch.zeros(1))
+    assert schedule.warmup == 20
+    pushes = [schedule.at(step).push.item() for step in range(100)]
+    assert pushes[:51] == [0.0] * 51
+    assert pushes[50:] == pytest.approx([3.0 * (t - 50) / 50 for t in range(50, 100)])
+    assert Schedule(settings_of("brecq"), 0.0, 100, torch.zeros(1)).warmup == 100
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_pushes_behind_the_optimizer(chain: Prepared, fused: bool) -> None:
+    """The same step with and without a push differs by rate · push · the regularizer's gradient at β = 2."""
+    ends, roundings = {}, []
+    for push in (0.0, 4.0):
+        restore(chain.graph, chain.initial)
+        problem = problem_of(chain, 2)
+        settings = settings_of("brecq", decision_push=push)
+        learned = Learned.attach(problem.module, settings, (), None, fused=fused)
+        step = Step(problem, settings, learned, None, 0.01, 4, fused=fused)
+        step.take(3, torch.arange(16))
+        roundings = learned.roundings()
+        ends[push] = [rounding.V.detach().clone() for rounding in roundings]
+        learned.harden()
+    for rounding, plain, pushed in zip(roundings, ends[0.0], ends[4.0], strict=True):
+        with torch.no_grad():
+            rounding.V.copy_(plain)
+        rounding.push(torch.tensor(settings.rounding_lr * 2.0))  # half of it at three quarters of the steps
+        assert (pushed != plain).any()
+        assert torch.allclose(rounding.V, pushed, atol=1e-6)
 
 
 class TestErrorPerWeight:

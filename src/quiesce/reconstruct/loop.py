@@ -197,7 +197,6 @@ class _Walk:
                 returns=course.returns,
                 micro_batch=images,
                 cuda_graph=course.cuda_graph,
-                settled=course.settled,
             )
             processes = self.job.network.processes
             if processes.size > 1:

@@ -30,7 +30,6 @@ from quiesce.reconstruct.fuse import Clip, without_clips
 from quiesce.reconstruct.losses import reconstruction_loss
 from quiesce.reconstruct.order import Order, draw_order
 from quiesce.reconstruct.resident import Residents
-from quiesce.reconstruct.settle import BATCHES, settle, undecided
 from quiesce.reconstruct.step import Learned, Step
 
 CURVE_POINTS = 50
@@ -53,8 +52,6 @@ class Course:
     """Times it went back to an earlier step, as the loss was no longer finite."""
     cuda_graph: str | None = None
     """How steps were launched on a GPU: "captured", as a CUDA graph, or "eager", and why; None elsewhere."""
-    settled: int = 0
-    """Roundings that were turned when learning had ended (:mod:`quiesce.reconstruct.settle`)."""
 
 
 def optimize(
@@ -87,7 +84,6 @@ def optimize(
     draws = Draws(seed, problem.device, fused=fused)
     drop = Drop(recipe.drop_prob, draws) if recipe.drop_prob > 0 else None
     clips: dict[str, Clip] = {}
-    hardened = problem
     if fused:
         module, clips = without_clips(problem.module)
         problem = replace(problem, module=module)
@@ -100,12 +96,9 @@ def optimize(
                 residents = Residents(batches, order, recipe.batch_size)
                 problem, batches = residents.problem, Batches(residents.problem)
             step = Step(problem, recipe, learned, drop, regularizer_weight, steps, batches, micro_batch, fused)
-            course = _run(step, order, residents, on_step, graphs)
-        doubts = undecided(learned.weights, recipe.settled_roundings)
+            return _run(step, order, residents, on_step, graphs)
     finally:
         learned.harden()
-    images = batch_order(hardened, BATCHES, recipe.batch_size, seed).images.flatten()
-    return replace(course, settled=settle(hardened, doubts, images, micro_batch or recipe.batch_size))
 
 
 @torch.no_grad()

@@ -85,18 +85,21 @@ class Moment:
     """The regularizer's weight [], 0 in the warm-up."""
     rates: Tensor
     """Learning rates [3], one for each of :attr:`Step.optimizers`."""
+    push: Tensor
+    """How far roundings are pushed to a decision [], in multiples of Adam's steps."""
 
 
 class Schedule:
     """The moments of all steps.
 
     Rounding learns at a constant rate, step sizes at one with a cosine decay to 0. β falls linearly from start to end
-    over the steps behind the warm-up (AdaRound's code).
+    over the steps behind the warm-up (AdaRound's code). The push rises linearly over the second half of the steps.
     """
 
     def __init__(self, recipe: ReconstructionRecipe, regularizer_weight: float, steps: int, like: Rows) -> None:
         """``like`` has the dtype and the device of what is optimized."""
-        self.warmup = int(recipe.warmup * steps) if regularizer_weight > 0 else steps
+        deciding = regularizer_weight > 0 or recipe.decision_push > 0
+        self.warmup = int(recipe.warmup * steps) if deciding else steps
         weights = [0.0 if t < self.warmup else regularizer_weight for t in range(steps)]
         dtype, device = like.dtype, like.device
         self._numbers = torch.arange(steps, device=device)
@@ -105,10 +108,12 @@ class Schedule:
         decays = [0.5 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)]
         rates = [[recipe.rounding_lr, recipe.step_size_lr * d, recipe.weight_step_size_lr * d] for d in decays]
         self._rates = torch.tensor(rates, dtype=torch.float64, device=device)
+        pushes = [recipe.decision_push * max(0.0, 2.0 * t / steps - 1.0) for t in range(steps)]
+        self._pushes = torch.tensor(pushes, dtype=dtype, device=device)
 
     def at(self, step: int | Tensor) -> Moment:
         """Return the moment of ``step``: its number, or that on the device, int64 [1]."""
-        tables = (self._numbers, self._betas, self._weights, self._rates)
+        tables = (self._numbers, self._betas, self._weights, self._rates, self._pushes)
         if isinstance(step, int):
             return Moment(*(table[step] for table in tables))
         return Moment(*(table.index_select(0, step).squeeze(0) for table in tables))
@@ -141,7 +146,7 @@ class Step:
         self.batches = batches or Batches(problem)
         self.micro_batch = micro_batch or recipe.batch_size
         self.problem, self.learned, self.drop, self.steps = problem, learned, drop, steps
-        self.batch_size = recipe.batch_size
+        self.batch_size, self.pushes = recipe.batch_size, recipe.decision_push > 0
         self.roundings = learned.roundings()
         self.schedule = Schedule(recipe, regularizer_weight, steps, problem.targets[0])
         self.optimizers = [
@@ -186,6 +191,9 @@ class Step:
             if adam is not None:
                 _set_rate(adam, rate)
                 adam.step()
+        if penalized and self.pushes:
+            for rounding in self.roundings:
+                rounding.push((now.push * now.rates[0]).to(now.push.dtype))
         self._keep_positive()
         return total
 

@@ -82,19 +82,25 @@ class TestContract:
         floor = floors(weight, spec, scale, zero_point)
         neighbours = [(floor + up).clamp(spec.quant_min, spec.quant_max) for up in (0, 1)]
         assert ((integers == neighbours[0]) | (integers == neighbours[1])).all()
-        rejected = rounding.rejected()
-        assert rejected.dtype == spec.dtype and torch.equal(integers + rejected, sum(neighbours).to(spec.dtype))
 
-    def test_doubts_what_lies_between_two_integers(self, name: str, spec: QuantizationSpec) -> None:
+    def test_a_push_goes_to_the_nearer_decision_and_no_further(self, name: str, spec: QuantizationSpec) -> None:
         weight = torch.randn(6, 10)
         rounding = ROUNDINGS[name](weight, spec, *grid(weight, spec))
         with torch.no_grad():
-            rounding.V.fill_(50.0)
+            rounding.V.copy_(torch.linspace(-2.3, 2.3, 60).view(6, 10))
             rounding.V[0] = -50.0
-            rounding.V[1] = 0.0
-        doubt = rounding.doubt()
-        assert doubt.shape == weight.shape and not doubt.requires_grad
-        assert (doubt[1] == 0.5).all() and (doubt[0] == 0).all() and (doubt[2:] == 0).all()
+            rounding.V[1] = 50.0
+            rounding.V[2, 0] = 0.0
+        before, decisions = rounding.V.detach().clone(), rounding.harden()
+        expected = before.clone().double().requires_grad_()
+        h = (1.2 * expected.sigmoid() - 0.1).clamp(0.0, 1.0)
+        (gradient,) = torch.autograd.grad((1.0 - (2.0 * h - 1.0).square()).sum(), expected)
+        rounding.push(torch.tensor(0.3))
+        assert torch.allclose(rounding.V.double(), before.double() - 0.3 * gradient, atol=1e-6)
+        assert torch.equal(rounding.V[:2], before[:2]) and rounding.V[2, 0] == 0
+        assert torch.equal(rounding.harden(), decisions)
+        moved = rounding.V - before
+        assert (moved * before >= 0).all() and (moved[3:] != 0).all()
 
     def test_a_warm_start_hardens_to_what_it_started_from(self, name: str, spec: QuantizationSpec) -> None:
         weight = torch.randn(6, 10)

@@ -65,20 +65,13 @@ class AdaRound(Rounding):
         self.V.grad = penalty_gradient(self.V, self.V.grad, beta, weight, fused=self.fused)
 
     @torch.no_grad()
-    def doubt(self) -> Tensor:
-        h = soft_rounding(self.V)
-        return torch.minimum(h, 1.0 - h)
-
-    def harden(self) -> Tensor:
-        """Return the integers: up where V ≥ 0 (h ≥ ½), down elsewhere."""
-        return self._integers(self.V >= 0)
-
-    def rejected(self) -> Tensor:
-        return self._integers(self.V < 0)
+    def push(self, amount: Tensor) -> None:
+        self.V.copy_(penalty_gradient(self.V, self.V, torch.full_like(amount, 2.0), -amount, fused=self.fused))
 
     @torch.no_grad()
-    def _integers(self, up: Tensor) -> Tensor:
-        integers = self.base + up
+    def harden(self) -> Tensor:
+        """Return the integers: up where V ≥ 0 (h ≥ ½), down elsewhere."""
+        integers = self.base + (self.V >= 0)
         return integers.clamp(self.spec.quant_min, self.spec.quant_max).to(self.spec.dtype)
 
 

@@ -46,18 +46,14 @@ class Rounding(nn.Module, ABC):
         """Add the gradient of ``weight`` (0-dim) times :meth:`regularizer` to that of ``V``."""
         (weight * self.regularizer(beta)).backward()
 
+    @abstractmethod
+    def push(self, amount: Tensor) -> None:
+        """Move ``V`` by ``amount`` (0-dim) times the gradient of :meth:`regularizer` at β = 2, towards a decision."""
+
     def learned_scale(self, scale: Tensor) -> Tensor:
         """Return the scale decided for; ``scale`` is the one that the rounding was made with, and has its shape."""
         return scale
 
     @abstractmethod
-    def doubt(self) -> Tensor:
-        """Return how far each weight is from a decision, from 0 to ½, in the weight's shape."""
-
-    @abstractmethod
     def harden(self) -> Tensor:
         """Return the integers decided for, in the spec's dtype and the weight's shape."""
-
-    @abstractmethod
-    def rejected(self) -> Tensor:
-        """Return the integers decided against, as :meth:`harden` does; a clipped weight has but one integer."""
