@@ -235,8 +235,8 @@ def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
     methods = methods_of(sweep)
     lines = [header(["Base", "With", *columns], left=2)]
-    shown_above = {method for method in methods if method[1] not in MERGED or method == UNPUSHED}
-    merged = [(method[0], "block", method) for method in methods if method not in shown_above]
+    others = [granularity for granularity in MERGED if granularity != UNPUSHED[1]]
+    merged = [(preset, "block", (preset, granularity)) for preset, granularity in methods if granularity in others]
     for preset, plain, other in [*merged, (*BASE_OF_BEST, BEST)]:
         shown = []
         for bits in columns:
