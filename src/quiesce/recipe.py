@@ -246,7 +246,7 @@ class ReconstructionRecipe:
     """Chance that an element is *not* quantized while optimizing (QDrop: 0.5; its code's ``prob`` is 1 − this)."""
     decision_push: float = 0.0
     """How far, at the last step and in multiples of Adam's steps, roundings are pushed to a decision beside Adam; it
-    rises from 0 over the second half of the steps. (The regularizer acts through Adam, where the loss can outweigh it.)
+    rises from 0 over the last fifth of the steps. (The regularizer acts through Adam, where the loss can outweigh it.)
     0: no push."""
     resident_images: int | None = None
     """Batches are drawn from a window of so many images, which takes in all of them as steps go on, so that no more

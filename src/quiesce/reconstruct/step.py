@@ -23,6 +23,9 @@ from quiesce.reconstruct.batches import Batch, Batches, Problem
 from quiesce.reconstruct.fuse import Clip
 from quiesce.reconstruct.losses import reconstruction_loss
 
+PUSHED = 0.2
+"""Share of the steps, the last ones, in which roundings are pushed to decisions."""
+
 
 @dataclass
 class Learned:
@@ -93,7 +96,7 @@ class Schedule:
     """The moments of all steps.
 
     Rounding learns at a constant rate, step sizes at one with a cosine decay to 0. β falls linearly from start to end
-    over the steps behind the warm-up (AdaRound's code). The push rises linearly over the second half of the steps.
+    over the steps behind the warm-up (AdaRound's code). The push rises linearly over the last fifth of the steps.
     """
 
     def __init__(self, recipe: ReconstructionRecipe, regularizer_weight: float, steps: int, like: Rows) -> None:
@@ -108,7 +111,7 @@ class Schedule:
         decays = [0.5 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)]
         rates = [[recipe.rounding_lr, recipe.step_size_lr * d, recipe.weight_step_size_lr * d] for d in decays]
         self._rates = torch.tensor(rates, dtype=torch.float64, device=device)
-        pushes = [recipe.decision_push * max(0.0, 2.0 * t / steps - 1.0) for t in range(steps)]
+        pushes = [recipe.decision_push * max(0.0, 1.0 - (steps - t) / (PUSHED * steps)) for t in range(steps)]
         self._pushes = torch.tensor(pushes, dtype=dtype, device=device)
 
     def at(self, step: int | Tensor) -> Moment:
