@@ -258,11 +258,11 @@ def test_the_regularizer_and_the_push_decide_the_rounding(chain: Prepared) -> No
 
 def test_the_push_rises_over_the_last_fifth() -> None:
     schedule = Schedule(settings_of("brecq", decision_push=3.0), 0.0, 100, torch.zeros(1))
-    assert schedule.warmup == 20
+    assert (schedule.warmup, schedule.unpushed) == (100, 80)
     pushes = [schedule.at(step).push.item() for step in range(100)]
     assert pushes[:80] == [0.0] * 80
     assert pushes[80:] == pytest.approx([3.0 * (t - 80) / 20 for t in range(80, 100)], abs=1e-6)
-    assert Schedule(settings_of("brecq"), 0.0, 100, torch.zeros(1)).warmup == 100
+    assert Schedule(settings_of("brecq"), 0.0, 100, torch.zeros(1)).unpushed == 100
 
 
 @pytest.mark.parametrize("fused", [False, True])

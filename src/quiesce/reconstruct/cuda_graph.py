@@ -99,7 +99,7 @@ class StepGraph:
             chosen = self._images.index_select(0, position).squeeze(0)
             batches = [Batch.of(step.problem, part) for part in torch.split(chosen, step.micro_batch)]
         now, images = step.schedule.at(position), self._images.shape[1]
-        loss = step.run(now, batches, images, penalized=step.penalizes(self._next))
+        loss = step.run(now, batches, images, step.decides(self._next))
         self._losses.index_copy_(0, position, loss.to(self._losses.dtype).view(1))
         position += 1
 

@@ -101,8 +101,8 @@ class Schedule:
 
     def __init__(self, recipe: ReconstructionRecipe, regularizer_weight: float, steps: int, like: Rows) -> None:
         """``like`` has the dtype and the device of what is optimized."""
-        deciding = regularizer_weight > 0 or recipe.decision_push > 0
-        self.warmup = int(recipe.warmup * steps) if deciding else steps
+        self.warmup = int(recipe.warmup * steps) if regularizer_weight > 0 else steps
+        self.unpushed = int((1 - PUSHED) * steps) if recipe.decision_push > 0 else steps
         weights = [0.0 if t < self.warmup else regularizer_weight for t in range(steps)]
         dtype, device = like.dtype, like.device
         self._numbers = torch.arange(steps, device=device)
@@ -149,7 +149,7 @@ class Step:
         self.batches = batches or Batches(problem)
         self.micro_batch = micro_batch or recipe.batch_size
         self.problem, self.learned, self.drop, self.steps = problem, learned, drop, steps
-        self.batch_size, self.pushes = recipe.batch_size, recipe.decision_push > 0
+        self.batch_size = recipe.batch_size
         self.roundings = learned.roundings()
         self.schedule = Schedule(recipe, regularizer_weight, steps, problem.targets[0])
         self.optimizers = [
@@ -168,10 +168,10 @@ class Step:
         parts = torch.split(images, self.micro_batch)
         ahead = [*parts[1:], None if following is None else following[: self.micro_batch]]
         batches = (self.batches.of(part, behind) for part, behind in zip(parts, ahead, strict=True))
-        return self.run(self.schedule.at(step), batches, len(images), penalized=self.penalizes(step))
+        return self.run(self.schedule.at(step), batches, len(images), self.decides(step))
 
-    def run(self, now: Moment, batches: Iterable[Batch], images: int, *, penalized: bool) -> Tensor:
-        """Take the step of ``now`` on ``batches``, the parts of a batch of ``images``; ``penalized``: with regularizer.
+    def run(self, now: Moment, batches: Iterable[Batch], images: int, decides: tuple[bool, bool]) -> Tensor:
+        """Take the step of ``now`` on ``batches``, the parts of a batch of ``images``, as :meth:`decides` says.
 
         Gradients of parts of the batch add up to the batch's, as losses are means over images; so those of several
         processes, which take as many images each, are averaged.
@@ -179,6 +179,7 @@ class Step:
         for optimizer in self._working():
             optimizer.zero_grad(set_to_none=True)
         total = torch.zeros_like(now.weight)
+        penalized, pushed = decides
         for batch in batches:
             loss = self.loss(now.number, batch)
             if len(batch.images) < images:
@@ -194,16 +195,17 @@ class Step:
             if adam is not None:
                 _set_rate(adam, rate)
                 adam.step()
-        if penalized and self.pushes:
+        if pushed:
             for rounding in self.roundings:
                 rounding.push((now.push * now.rates[0]).to(now.push.dtype))
         self._keep_positive()
         return total
 
-    def penalizes(self, step: int) -> bool:
-        """Tell whether ``step`` has the regularizer: on a GPU all do if any does, so that all are the same kernels."""
-        warmup = self.schedule.warmup
-        return warmup < self.steps if self.problem.device.type == "cuda" else step >= warmup
+    def decides(self, step: int) -> tuple[bool, bool]:
+        """Tell whether ``step`` has the regularizer, and the push: on a GPU all do if any does, so that all are the
+        same kernels."""
+        last = self.steps - 1 if self.problem.device.type == "cuda" else step
+        return last >= self.schedule.warmup, last >= self.schedule.unpushed
 
     def loss(self, number: Tensor, batch: Batch) -> Tensor:
         """Return the reconstruction loss on ``batch`` with the draws of step ``number`` (int64 [])."""
