@@ -57,7 +57,7 @@ def key_of(cell: Mapping[str, Any]) -> Key:
         "drop": settings.get("reconstruction.drop_prob"),
         "push": settings.get("reconstruction.decision_push"),
     }
-    also = [f"{name} {value:g}" for name, value in told.items() if value]
+    also = [f"{name} {value:g}" for name, value in told.items() if value is not None]
     return cell["bits"], cell["preset"], ", ".join([method, *also]) if also else method
 
 
