@@ -196,8 +196,9 @@ class Step:
                 _set_rate(adam, rate)
                 adam.step()
         if pushed:
+            amount = (now.push * now.rates[0]).to(now.push.dtype)
             for rounding in self.roundings:
-                rounding.push((now.push * now.rates[0]).to(now.push.dtype))
+                rounding.push(amount)
         self._keep_positive()
         return total
 

@@ -48,7 +48,7 @@ class Rounding(nn.Module, ABC):
 
     @abstractmethod
     def push(self, amount: Tensor) -> None:
-        """Move ``V`` by ``amount`` (0-dim) times the gradient of :meth:`regularizer` at β = 2, towards a decision."""
+        """Move ``V`` against ``amount`` (0-dim) times the gradient of :meth:`regularizer` at β = 2: to a decision."""
 
     def learned_scale(self, scale: Tensor) -> Tensor:
         """Return the scale decided for; ``scale`` is the one that the rounding was made with, and has its shape."""
