@@ -42,10 +42,8 @@ LISTED = ("rates", "regularizer", "candidates", "capacity", "window")
 FOLLOWING = "reconstruction.weight_step_size_lr"
 """Not listed: it goes with the rounding."""
 BASES = ("brecq-fast", "qdrop-fast")
-UNPUSHED = ("brecq-fast", "loss-descent, overlap 1, drop 0.25")
-BEST = (UNPUSHED[0], f"{UNPUSHED[1]}, push 3")
-"""What the preset ``best-fast`` is; and what it was before roundings were pushed to decisions, shown where there is
-no more."""
+BEST = ("brecq-fast", "loss-descent, overlap 1, drop 0.25, push 3")
+"""What the preset ``best-fast`` is."""
 BASE_OF_BEST = ("qdrop-fast", "block")
 EASY = ("quick",)
 EVIDENCE = (
@@ -60,11 +58,12 @@ MERGED = (
     "scheme",
     "block, overlap 1",
     "loss-descent, overlap 1",
-    UNPUSHED[1],
+    "loss-descent, overlap 1, drop 0.25",
     BEST[1],
 )
 """Granularities beside blocks."""
-REFERENCES = Path(__file__).parent / "results" / "qdrop_reference.json"
+RESULTS = Path(__file__).parent / "results"
+REFERENCES = RESULTS / "qdrop_reference.json"
 WIDTH = 120
 LEAST_POINTS, STANDARD_ERRORS = 0.3, 2.0
 """Two methods differ when their paired mean difference over seeds exceeds both."""
@@ -113,6 +112,7 @@ def generated(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) ->
         "references": references_table(rows["references"], read_rows(REFERENCES)),
         "full": full_table(rows["full"], [row for name in (*EASY, *EVIDENCE) for row in rows[name]]),
         "ranking": ranking_table([rows[name] for name in EVIDENCE]),
+        "lites": lites_table(),
     }
     for name in LISTED:
         parts[name] = list_table(rows[name])
@@ -132,23 +132,17 @@ def readme(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
-    """Return top-1 of the methods in their usual granularity, a line for each network and bits that `best` has run.
-
-    Where it has run only as it was before, that is shown with a star.
-    """
+    """Return top-1 of the methods in their usual granularity, a line for each network and bits that `best` has run."""
     usual: dict[str, str | None] = {"nearest": None, "adaround-fast": "layer", **dict.fromkeys(BASES, "block")}
     methods = {preset: (preset, granularity) for preset, granularity in usual.items()} | {"best-fast": BEST}
     lines = [header(["Network", "W/A", "Float", *[f"`{name}`" for name in methods]], left=2)]
     for own in (rows[table] for table in EVIDENCE):
         done = by_method(own)
-        for bits in ("W2A4", "W2A2"):
-            found = [list(top1(done.get((bits, *method), {})).values()) for method in methods.values()]
-            *others, best = map(spread, found)
-            if before := spread(list(top1(done.get((bits, *UNPUSHED), {})).values())):
-                best = best or f"{before} *"
-            if best:
+        for bits in ("W2A4", "W3A3", "W2A2"):
+            found = [spread(list(top1(done.get((bits, *method), {})).values())) for method in methods.values()]
+            if found[-1]:
                 label, float_top1 = own[0]["cell"]["network"]["label"], f"{own[0]['float_top1']:.2f}"
-                lines.append(line([label, bits, float_top1, *others, best]))
+                lines.append(line([label, bits, float_top1, *found]))
     return "\n".join(lines)
 
 
@@ -181,6 +175,33 @@ def networks_table() -> str:
         accuracy = [f"{record['top1'][part]:.2f}" for part in ("tuning", "test")]
         lines.append(line([f"`{record['network']}`", *values, *accuracy]))
     return "\n".join(lines)
+
+
+def lites_table() -> str:
+    """Return how far the EfficientNet-Lites agree with their float selves."""
+    titles = ["Network", "W/A", "Method", "Agreement %", "…where float is sure %", "SQNR dB", "Labelled %"]
+    lines = [header([*titles, "Peak module loss", "Units", "Seconds"], left=3)]
+    for path in sorted(RESULTS.glob("efficientnet_lite*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        name, sure = record["model"].rpartition("_")[2].capitalize(), record["crops"]["evaluation_confident"]
+        labelled = f"{record['float']['labelled_top1']:.0f}"
+        lines.append(line([name, "32/32", "float", "100", f"100 of {sure}", "", labelled, "", "", ""]))
+        lines += [line([name, *lite_cells(row)]) for row in record["rows"]]
+    return "\n".join(lines)
+
+
+def lite_cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{row['weight_bits']}/{row['activation_bits']}",
+        row["method"],
+        f"{row['agreement']:.1f} ± {row['agreement_standard_error']:.1f}",
+        f"{row['agreement_confident']:.1f}",
+        f"{row['sqnr_db']:.1f}".replace("-", "−"),
+        f"{row['labelled_top1']:.0f}",
+        f"{row['peak_loss']:,.0f}",
+        str(len(row["units"])),
+        f"{row['seconds']:.0f}",
+    ]
 
 
 def coverage(rows: Sequence[Row], sweep: Sweep) -> str:
@@ -235,8 +256,7 @@ def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
     methods = methods_of(sweep)
     lines = [header(["Base", "With", *columns], left=2)]
-    others = [granularity for granularity in MERGED if granularity != UNPUSHED[1]]
-    merged = [(preset, "block", (preset, granularity)) for preset, granularity in methods if granularity in others]
+    merged = [(preset, "block", (preset, granularity)) for preset, granularity in methods if granularity in MERGED]
     for preset, plain, other in [*merged, (*BASE_OF_BEST, BEST)]:
         shown = []
         for bits in columns:

@@ -211,6 +211,7 @@ def add_row(record: dict[str, Any], name: str, result: Result, measured: dict[st
     run_made = asdict(result.run)
     for key in ("top1", "agreement", "sqnr_db", "preset"):  # measured here instead
         del run_made[key]
+    del run_made["unit_records"]  # far more than all the rest
     record["rows"].append({"method": name, **measured, **run_made, "recipe": result.recipe})
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
