@@ -69,6 +69,17 @@ class TestPage:
         shown = dict(zip([name.strip("| `") for name in names], [value.strip("| ") for value in values], strict=True))
         assert shown["best-fast"] == f"{statistics.fmean(chosen):.2f} ± {statistics.stdev(chosen):.2f}"
 
+    def test_the_lites_are_on_it(self) -> None:
+        page = (BENCHMARKS.parent / "docs" / "results.md").read_text("utf-8")
+        found = sorted((BENCHMARKS / "results").glob("efficientnet_lite*.json"))
+        assert found
+        for path in found:
+            for row in json.loads(path.read_text("utf-8"))["rows"]:
+                values = (
+                    f"{row['agreement']:.1f} ± {row['agreement_standard_error']:.1f} | {row['agreement_confident']:.1f}"
+                )
+                assert f"| Lite{path.stem[-1]} | 4/4 | {row['method']} | {values} |" in page
+
     def test_a_page_without_places_for_the_parts_is_refused(self, load: Any) -> None:
         page = load("bench_page")
         assert page.replaced("<!-- a -->\nold\n<!-- end of a -->", "a", "new") == "<!-- a -->\nnew\n<!-- end of a -->"
