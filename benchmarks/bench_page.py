@@ -20,7 +20,21 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench_rows import Key, Row, by_method, header, identity, key_of, line, read_rows, signed, spread, top1
+from bench_rows import (
+    Key,
+    Row,
+    by_method,
+    header,
+    identity,
+    key_of,
+    line,
+    lite_cells,
+    read_rows,
+    signed,
+    spread,
+    top1,
+    whole,
+)
 from bench_studies import (
     STUDIED,
     amounts_table,
@@ -185,24 +199,10 @@ def lites_table() -> str:
     for path in sorted(RESULTS.glob("efficientnet_lite*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         name, sure = record["model"].rpartition("_")[2].capitalize(), record["crops"]["evaluation_confident"]
-        labelled = f"{record['float']['labelled_top1']:.0f}"
+        labelled = whole(record["float"]["labelled_top1"])
         lines.append(line([name, "32/32", "float", "100", f"100 of {sure}", "", labelled, "", "", ""]))
         lines += [line([name, *lite_cells(row)]) for row in record["rows"]]
     return "\n".join(lines)
-
-
-def lite_cells(row: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{row['weight_bits']}/{row['activation_bits']}",
-        row["method"],
-        f"{row['agreement']:.1f} ± {row['agreement_standard_error']:.1f}",
-        f"{row['agreement_confident']:.1f}",
-        f"{row['sqnr_db']:.1f}".replace("-", "−"),
-        f"{row['labelled_top1']:.0f}",
-        f"{row['peak_loss']:,.0f}",
-        str(len(row["units"])),
-        f"{row['seconds']:.0f}",
-    ]
 
 
 def coverage(rows: Sequence[Row], sweep: Sweep) -> str:

@@ -83,3 +83,23 @@ def spread(values: Sequence[float]) -> str:
 
 def signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
+
+
+def whole(value: float | None) -> str:
+    """Write a number that may not have been measured, without decimals."""
+    return "–" if value is None else f"{value:.0f}"
+
+
+def lite_cells(row: Row) -> list[str]:
+    """Return a row of ``efficientnet_lite.py`` as the cells of a table."""
+    return [
+        f"{row['weight_bits']}/{row['activation_bits']}",
+        row["method"],
+        f"{row['agreement']:.1f} ± {row['agreement_standard_error']:.1f}",
+        f"{row['agreement_confident']:.1f}",
+        f"{row['sqnr_db']:.1f}".replace("-", "−"),
+        whole(row["labelled_top1"]),
+        f"{row['peak_loss']:,.4g}",
+        str(len(row["units"])),
+        f"{row['seconds']:.0f}",
+    ]

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench_rows import lite_cells
 from quiesce import Recipe
 from quiesce.data import IMAGE_SUFFIXES, Samples
 from quiesce.evaluate import compare, outputs_of
@@ -237,18 +238,8 @@ def results_table(record: dict[str, Any]) -> Table:
     ):
         table.add_column(name, justify="right")
     for row in record["rows"]:
-        table.add_row(
-            f"{row['weight_bits']}/{row['activation_bits']}",
-            row["method"],
-            str(row["seed"]),
-            f"{row['agreement']:.1f} ± {row['agreement_standard_error']:.1f}",
-            f"{row['agreement_confident']:.1f}",
-            f"{row['sqnr_db']:.1f}",
-            "–" if row["labelled_top1"] is None else f"{row['labelled_top1']:.0f}",
-            f"{row['peak_loss']:.3g}",
-            str(len(row["units"])),
-            f"{row['seconds']:.0f}",
-        )
+        bits, method, *measured = lite_cells(row)
+        table.add_row(bits, method, str(row["seed"]), *measured)
     return table
 
 
