@@ -78,7 +78,7 @@ MERGED = (
 )
 """Granularities beside blocks."""
 RESULTS = Path(__file__).parent / "results"
-REFERENCES = RESULTS / "qdrop_reference.json"
+REFERENCES = RESULTS / "reference_codes.json"
 WIDTH = 120
 LEAST_POINTS, STANDARD_ERRORS = 0.3, 2.0
 """Two methods differ when their paired mean difference over seeds exceeds both."""
@@ -124,7 +124,7 @@ def generated(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) ->
         "granularities": granularities_table(rows["granularities"], rows[STUDIED]),
         "images": "",
         "batches": amounts_table(amounts_rows(rows)),
-        "references": references_table(rows["references"], read_rows(REFERENCES)),
+        "references": references_table(read_rows(REFERENCES), rows["references"], best_rows(rows[STUDIED])),
         "full": full_table(rows["full"], [row for name in (*EASY, *EVIDENCE) for row in rows[name]]),
         "ranking": ranking_table([rows[name] for name in EVIDENCE]),
         "lites": lites_table(),
@@ -135,6 +135,11 @@ def generated(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) ->
         parts[name] = f"{method_table(rows[name], tables[name])}\n\n{merging_table(rows[name], tables[name])}"
     covered = {name: coverage(rows[name], sweep) for name, sweep in tables.items()}
     return parts | {name: f"{text}\n\n{parts[name]}".rstrip() for name, text in covered.items()}
+
+
+def best_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of `best` at W2A4."""
+    return [row for row in rows if key_of(row["cell"]) == ("W2A4", *BEST)]
 
 
 def amounts_rows(rows: Mapping[str, Sequence[Row]]) -> list[Row]:

@@ -24,6 +24,8 @@ OURS = {
     "loss-descent, overlap 1": "loss-descent, overlap 1",
 }
 """Granularities that are shown among the random ones."""
+CODES = {"BRECQ": "–", "Genie": "0.5"}
+"""What the published codes drop that have no setting for it."""
 QUANTITIES: dict[str, Callable[[Row], float]] = {
     "largest module loss": lambda row: peak(row["measured"]["module_losses"]),
     "largest relative module loss": lambda row: peak(row["measured"]["relative_losses"]),
@@ -169,23 +171,21 @@ def ranking(capacities: Sequence[float], losses: Sequence[float]) -> list[str]:
     return [correlation(capacities, losses), correlation(*sizes), correlation(*falls), shared]
 
 
-def references_table(rows: Sequence[Row], theirs: Sequence[Row]) -> str:
-    """Return top-1 and seconds of QDrop's own code, and of ours with its λ."""
-    found: dict[tuple[float, float], tuple[list[Row], list[Row]]] = {}
+def references_table(theirs: Sequence[Row], ours: Sequence[Row], best: Sequence[Row]) -> str:
+    """Return top-1 and seconds of the published codes, of ours with the same λ, and of `best`."""
+    found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in theirs:
-        found.setdefault((row["drop_prob"], row["lam"]), ([], []))[0].append(row)
-    drops = {"brecq-fast": 0.0, "qdrop-fast": 0.5}
-    for row in rows:
-        key = drops[row["cell"]["preset"]], row["cell"]["settings"]["reconstruction.regularizer_weight"]
-        found.setdefault(key, ([], []))[1].append(row)
-    columns = ["Drop", "λ", "Its code, top-1 %", "Seeds", "Ours, top-1 %", "Seeds"]
-    lines = [header([*columns, "Its seconds: steps, all", "Our seconds"], left=0)]
-    for (drop, lam), (own, ours) in sorted(found.items()):
-        accuracy = [row["top1"] for row in own], [row["measured"]["top1"] for row in ours]
-        steps = [row["seconds"]["steps"] for row in own]
-        whole = [sum(row["seconds"].values()) for row in own]
-        seconds = f"{statistics.fmean(steps):.0f}, {statistics.fmean(whole):.0f}" if own else ""
-        our_seconds = f"{statistics.fmean(row['measured']['seconds'] for row in ours):.0f}" if ours else ""
-        shown = [text for values in accuracy for text in (spread(values), f"{len(values)}")]
-        lines.append(line([f"{drop:g}", f"{lam:g}", *shown, seconds, our_seconds]))
+        drop = f"{row['drop_prob']:g}" if "drop_prob" in row else CODES[row["code"]]
+        place = row["code"], drop, f"{row['lam']:g}"
+        found.setdefault(place, []).append((row["top1"], sum(row["seconds"].values())))
+    for row in ours:
+        preset, settings = row["cell"]["preset"], row["cell"]["settings"]
+        drop = {"brecq-fast": "0", "qdrop-fast": "0.5"}[preset]
+        place = f"ours, `{preset}`", drop, f"{settings['reconstruction.regularizer_weight']:g}"
+        found.setdefault(place, []).append((row["measured"]["top1"], row["measured"]["seconds"]))
+    found["ours, `best-fast`", "0.25", "relative"] = [(r["measured"]["top1"], r["measured"]["seconds"]) for r in best]
+    lines = [header(["Code", "Drop", "λ", "Top-1 %", "Seeds", "Seconds"], left=3)]
+    for place, own in sorted(found.items()):
+        top1s, seconds = zip(*own, strict=True)
+        lines.append(line([*place, spread(top1s), f"{len(own)}", f"{statistics.fmean(seconds):.0f}"]))
     return "\n".join(lines)
