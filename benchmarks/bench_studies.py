@@ -26,6 +26,8 @@ OURS = {
 """Granularities that are shown among the random ones."""
 CODES = {"BRECQ": "–", "Genie": "0.5"}
 """What the published codes drop that have no setting for it."""
+COMPARED = {"network": "mobilenetv2_050", "bits": "2/4", "steps": 200}
+"""What the published codes ran on; a row of something else tells what."""
 QUANTITIES: dict[str, Callable[[Row], float]] = {
     "largest module loss": lambda row: peak(row["measured"]["module_losses"]),
     "largest relative module loss": lambda row: peak(row["measured"]["relative_losses"]),
@@ -176,7 +178,8 @@ def references_table(theirs: Sequence[Row], ours: Sequence[Row], best: Sequence[
     found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in theirs:
         drop = f"{row['drop_prob']:g}" if "drop_prob" in row else CODES[row["code"]]
-        place = row["code"], drop, f"{row['lam']:g}"
+        unlike = [str(row[key]) for key, usual in COMPARED.items() if row[key] != usual]
+        place = ", ".join([row["code"], *unlike]), drop, f"{row['lam']:g}"
         found.setdefault(place, []).append((row["top1"], sum(row["seconds"].values())))
     for row in ours:
         preset, settings = row["cell"]["preset"], row["cell"]["settings"]
