@@ -17,17 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from references.common import (
-    FILES,
-    ROUNDING_LR,
-    bits_of,
-    faster,
-    keep,
-    on_this_device,
-    parser,
-    start,
-    with_our_weights,
-)
+from references import common
 
 INITIAL = 64
 """Images that the ranges are searched on."""
@@ -54,7 +44,7 @@ def quantize(
     quant: Any, network: nn.Module, images: Tensor, options: argparse.Namespace
 ) -> tuple[nn.Module, dict[str, float]]:
     """Return the quantized network and the seconds of each part, as BRECQ's main program goes."""
-    weight_bits, activation_bits = bits_of(options)
+    weight_bits, activation_bits = common.bits_of(options)
     weights = {"n_bits": weight_bits, "channel_wise": True, "scale_method": "mse"}
     activations = {"n_bits": activation_bits, "channel_wise": False, "scale_method": "mse", "leaf_param": True}
     began = [time.perf_counter()]
@@ -79,15 +69,15 @@ def quantize(
 
 
 def main() -> None:
-    options_of = parser("BRECQ")
+    options_of = common.parser("BRECQ")
     options_of.add_argument("--lr", type=float, default=4e-3, help="of the step sizes of activations")
     options = options_of.parse_args()
-    images = start(options, ".")
-    theirs = importlib.import_module(f"models.{FILES[options.network]}")
-    network = with_our_weights(theirs, options.network, images)
-    with on_this_device(faster(ROUNDING_LR, options.steps)):
+    images = common.start(options, ".")
+    theirs = importlib.import_module(f"models.{common.FILES[options.network]}")
+    network = common.with_our_weights(theirs, options.network, images)
+    with common.on_this_device(common.faster(common.ROUNDING_LR, options.steps)):
         made, seconds = quantize(importlib.import_module("quant"), network, images, options)
-    keep("BRECQ", made, options, seconds)
+    common.keep("BRECQ", made, options, seconds)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,13 @@ def bits_of(options: argparse.Namespace) -> tuple[int, int]:
     return weight_bits, activation_bits
 
 
+def reconstruction(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of reconstruction that QDrop's and MRECG's published files share, with the rate of few
+    steps."""
+    rounding = {"round_mode": "learned_hard_sigmoid", "warm_up": 0.2, "b_range": [20, 2], "weight": options.lam}
+    return rounding | {"scale_lr": faster(STEP_SIZE_LR, options.steps), "keep_gpu": True}
+
+
 def keep(code: str, network: nn.Module, options: argparse.Namespace, seconds: dict[str, float]) -> None:
     """Measure the quantized network, print its row, and add it to the results."""
     left_out = ("clone", "threads", "tuning", "race")

@@ -22,20 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from references.common import (
-    BATCH,
-    CALIBRATED,
-    ROUNDING_LR,
-    STEP_SIZE_LR,
-    Settings,
-    bits_of,
-    faster,
-    keep,
-    on_this_device,
-    parser,
-    start,
-    with_our_weights,
-)
+from references import common
 
 SCHEME = "[1, 2, (3, 3), 4, (5, 5), 6, (7, 7, 7), (8, 8, 8), 9, (10, 10), 11]"
 """How its published settings for MobileNetV2 at W2A4 merge modules."""
@@ -45,9 +32,8 @@ def prepared(network: nn.Module, bits: tuple[int, int]) -> nn.Module:
     """Return the network with the quantizers of its published settings."""
     prepare = importlib.import_module("mqbench.prepare_by_platform")
     both = {"symmetry": False, "pot_scale": False, "p": 2.4}
-    weights, activations = (
-        {"bit": bit, "per_channel": each} | both for bit, each in zip(bits, (True, False), strict=True)
-    )
+    weights = both | {"bit": bits[0], "per_channel": True}
+    activations = both | {"bit": bits[1], "per_channel": False}
     quantizers = {"w_fakequantize": "AdaRoundFakeQuantize", "a_fakequantize": "QDropFakeQuantize"}
     observers = {"w_observer": "MSEObserver", "a_observer": "EMAMSEObserver"}
     asked = quantizers | observers | {"w_qscheme": weights, "a_qscheme": activations}
@@ -73,30 +59,28 @@ def calibrate(network: nn.Module, batches: list[Tensor], kept: Path) -> float:
 
 
 def main() -> None:
-    options_of = parser("MRECG", ["mobilenetv2_050"])
+    options_of = common.parser("MRECG", ["mobilenetv2_050"])
     options_of.add_argument("--drop-prob", type=float, default=0.5, help="0 is BRECQ")
     options = options_of.parse_args()
-    images = start(options, ".")
-    network = with_our_weights(importlib.import_module("models.mobilenet_v2"), options.network, images)
+    images = common.start(options, ".")
+    network = common.with_our_weights(importlib.import_module("models.mobilenet_v2"), options.network, images)
     code: Any = importlib.import_module("MRECG")
-    made = prepared(network, bits_of(options))
+    made = prepared(network, common.bits_of(options))
     kept = options.clone / f"ranges-{options.network}-{options.bits.replace('/', '-')}-seed{options.seed}.safetensors"
     with torch.no_grad():
-        seconds = {"ranges": calibrate(made, list(images[:CALIBRATED].split(BATCH)), kept)}
+        seconds = {"ranges": calibrate(made, list(images[: common.CALIBRATED].split(common.BATCH)), kept)}
     began = time.perf_counter()
-    with on_this_device(faster(ROUNDING_LR, options.steps)):
-        made = code.ptq_reconstruction(made, list(images.split(BATCH)), settings(options))
+    with common.on_this_device(common.faster(common.ROUNDING_LR, options.steps)):
+        made = code.ptq_reconstruction(made, list(images.split(common.BATCH)), settings(options))
     seconds["steps"] = time.perf_counter() - began
     importlib.import_module("mqbench.utils.state").enable_quantization(made)
-    keep("MRECG", made, options, seconds)
+    common.keep("MRECG", made, options, seconds)
 
 
-def settings(options: argparse.Namespace) -> Settings:
+def settings(options: argparse.Namespace) -> common.Settings:
     """Return its published settings for MobileNetV2, with the rates of few steps."""
-    rounding = {"round_mode": "learned_hard_sigmoid", "warm_up": 0.2, "b_range": [20, 2], "weight": options.lam}
-    steps = {"max_count": options.steps, "scale_lr": faster(STEP_SIZE_LR, options.steps)}
-    drop = {"prob": 1 - options.drop_prob}
-    return Settings(rounding | steps | drop | {"pattern": "block", "keep_gpu": True, "scheme": SCHEME})
+    own = {"max_count": options.steps, "prob": 1 - options.drop_prob, "pattern": "block", "scheme": SCHEME}
+    return common.Settings(common.reconstruction(options) | own)
 
 
 if __name__ == "__main__":

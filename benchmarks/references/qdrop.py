@@ -30,36 +30,21 @@ from quiesce.memory import Memory
 from quiesce.pipeline import _job, prepare
 from quiesce.quant.fake_quantize import restore
 from quiesce.reconstruct.loop import _Walk
-from references.common import (
-    BATCH,
-    CALIBRATED,
-    FILES,
-    ROUNDING_LR,
-    STEP_SIZE_LR,
-    Settings,
-    bits_of,
-    faster,
-    keep,
-    on_this_device,
-    parser,
-    start,
-    with_our_weights,
-)
+from references import common
 from speed import time_steps
 
 PARTS = ("scale", "zero_point")
 
 
-def settings(options: argparse.Namespace, observer: str = "MSEObserver") -> Settings:
+def settings(options: argparse.Namespace, observer: str = "MSEObserver") -> common.Settings:
     """Return what QDrop's published files for W2A4 set, with the rates of few steps."""
-    weight_bits, activation_bits = bits_of(options)
-    common = {"observer": observer, "symmetric": False}
-    rounding = {"round_mode": "learned_hard_sigmoid", "warm_up": 0.2, "b_range": [20, 2], "weight": options.lam}
-    steps = {"iters": options.steps, "scale_lr": faster(STEP_SIZE_LR, options.steps)}
-    return Settings(
-        w_qconfig=Settings(common | {"quantizer": "AdaRoundFakeQuantize", "bit": weight_bits, "ch_axis": 0}),
-        a_qconfig=Settings(common | {"quantizer": "LSQFakeQuantize", "bit": activation_bits, "ch_axis": -1}),
-        recon=Settings(rounding | steps | {"batch_size": BATCH, "keep_gpu": True, "drop_prob": 1 - options.drop_prob}),
+    weight_bits, activation_bits = common.bits_of(options)
+    both = {"observer": observer, "symmetric": False}
+    own = {"iters": options.steps, "batch_size": common.BATCH, "drop_prob": 1 - options.drop_prob}
+    return common.Settings(
+        w_qconfig=common.Settings(both | {"quantizer": "AdaRoundFakeQuantize", "bit": weight_bits, "ch_axis": 0}),
+        a_qconfig=common.Settings(both | {"quantizer": "LSQFakeQuantize", "bit": activation_bits, "ch_axis": -1}),
+        recon=common.Settings(common.reconstruction(options) | own),
     )
 
 
@@ -87,7 +72,7 @@ def calibrated(main: Any, network: nn.Module, images: Tensor, kinds: dict[str, t
     return seconds
 
 
-def reconstructed(main: Any, network: nn.Module, images: Tensor, recon: Settings) -> dict[str, float]:
+def reconstructed(main: Any, network: nn.Module, images: Tensor, recon: common.Settings) -> dict[str, float]:
     """Reconstruct block by block as QDrop's main program does; return the seconds of the loops and of the caches."""
     loop: Any = importlib.import_module("recon")
     float_network = copy.deepcopy(network)
@@ -117,10 +102,10 @@ def reconstructed(main: Any, network: nn.Module, images: Tensor, recon: Settings
     return seconds | {"steps": time.perf_counter() - began - seconds["caching"]}
 
 
-def quantized(main: Any, options: argparse.Namespace, images: Tensor, chosen: Settings) -> nn.Module:
+def quantized(main: Any, options: argparse.Namespace, images: Tensor, chosen: common.Settings) -> nn.Module:
     """Return QDrop's network, quantized by its main program."""
-    theirs = importlib.import_module(f"qdrop.model.{FILES[options.network]}")
-    network = with_our_weights(theirs, options.network, images)
+    theirs = importlib.import_module(f"qdrop.model.{common.FILES[options.network]}")
+    network = common.with_our_weights(theirs, options.network, images)
     main.search_fold_and_remove_bn(network)
     made: nn.Module = main.quantize_model(network, chosen).eval()
     return made
@@ -131,18 +116,18 @@ def run(main: Any, images: Tensor, options: argparse.Namespace) -> None:
     chosen = settings(options)
     network = quantized(main, options, images, chosen)
     torch.manual_seed(options.seed)
-    weight_bits, activation_bits = bits_of(options)
+    weight_bits, activation_bits = common.bits_of(options)
     kinds = {
-        "act_fake_quant": (CALIBRATED, f"{options.network}-A{activation_bits}-seed{options.seed}.safetensors"),
+        "act_fake_quant": (common.CALIBRATED, f"{options.network}-A{activation_bits}-seed{options.seed}.safetensors"),
         "weight_fake_quant": (2, f"{options.network}-W{weight_bits}.safetensors"),
     }
     kept = {kind: (count, options.clone / f"ranges-{name}") for kind, (count, name) in kinds.items()}
-    with on_this_device(faster(ROUNDING_LR, options.steps)):
+    with common.on_this_device(common.faster(common.ROUNDING_LR, options.steps)):
         with torch.no_grad():
             seconds = calibrated(main, network, images, kept)
         seconds |= reconstructed(main, network, images, chosen.recon)
         main.enable_quantization(network)
-    keep("QDrop", network, options, seconds)
+    common.keep("QDrop", network, options, seconds)
 
 
 def race(main: Any, images: Tensor, options: argparse.Namespace) -> None:
@@ -150,11 +135,11 @@ def race(main: Any, images: Tensor, options: argparse.Namespace) -> None:
     chosen = settings(options, observer="MinMaxObserver")
     for _ in range(2):
         network = quantized(main, options, images, chosen)
-        with on_this_device(ROUNDING_LR):
+        with common.on_this_device(common.ROUNDING_LR):
             with torch.no_grad():
                 for kind in ("act_fake_quant", "weight_fake_quant"):
                     main.enable_calibration_woquantization(network, quantizer_type=kind)
-                    network(images[:BATCH])
+                    network(images[: common.BATCH])
             theirs = reconstructed(main, network, images, chosen.recon)["steps"]
         ours = baseline_seconds(trained(options.network), images, options)
         print(f"QDrop's loop {theirs:.1f} s, the baseline {ours:.1f} s, ratio {ours / theirs:.2f}", flush=True)
@@ -162,7 +147,7 @@ def race(main: Any, images: Tensor, options: argparse.Namespace) -> None:
 
 def baseline_seconds(network: nn.Module, images: Tensor, options: argparse.Namespace) -> float:
     """Return the seconds of the baseline's steps for all blocks of ``network``."""
-    weight_bits, activation_bits = bits_of(options)
+    weight_bits, activation_bits = common.bits_of(options)
     bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
     ranges = {"weight_range": "minmax", "activation_range": "minmax"}
     drop = {"drop_prob": options.drop_prob, "regularizer_weight": options.lam}
@@ -177,15 +162,15 @@ def baseline_seconds(network: nn.Module, images: Tensor, options: argparse.Names
 
 
 def main() -> None:
-    options_of = parser("QDrop")
+    options_of = common.parser("QDrop")
     options_of.add_argument("--drop-prob", type=float, default=0.5, help="0 is what is called BRECQ here")
     options_of.add_argument("--race", action="store_true", help="only time its steps and those of speed.py's baseline")
     options = options_of.parse_args()
-    images = start(options, "qdrop/solver", ".")
+    images = common.start(options, "qdrop/solver", ".")
     main = importlib.import_module("main_imagenet")
     logging.disable(logging.CRITICAL)
     if options.race:
-        race(main, images[:CALIBRATED], options)
+        race(main, images[: common.CALIBRATED], options)
     else:
         run(main, images, options)
 
