@@ -138,7 +138,7 @@ def show_plan(arguments: argparse.Namespace) -> None:
     )
     memory = Memory(torch.device("cuda"), parse_bytes(arguments.budget), stated=True)
     sizes = Sizes(32, 64, 1, arguments.resident or 0)
-    rows = plan(Network(prepared.graph, memory), prepared.modules, memory, arguments.images, sizes)
+    rows = plan(Network(prepared.graph, memory), prepared.modules, arguments.images, sizes)
     for row in rows:
         places = ", ".join(f"{format_bytes(size)} {place}" for place, size in row.streams.items() if size)
         print(f"{row.unit}: {format_bytes(row.working)} to work on {row.step_images} images; streams {places}")

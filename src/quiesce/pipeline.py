@@ -55,7 +55,7 @@ from quiesce.reconstruct.granular import Outcome, block_pass, check_granularity,
 from quiesce.reconstruct.journal import check_same_run, digest_of, digest_of_text, open_journal
 from quiesce.reconstruct.loop import Job, Pass, layer_pass, measure_pass
 from quiesce.reconstruct.losses import fisher_weights
-from quiesce.reconstruct.plan import Needs, Sizes, reserve
+from quiesce.reconstruct.plan import Sizes, reserve
 from quiesce.reconstruct.streams import Network, Tensors
 from quiesce.result import MemoryRecord, Result, Run, hardware, versions
 
@@ -713,8 +713,7 @@ def _job(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fused
     fisher = None
     if reconstruction is not None and reconstruction.fisher:
         # Room for the work on units is kept before Fisher weights take any.
-        sizes = Sizes.of(recipe, prepared.together)
-        reserve(network.memory, [Needs.of(network, module, sizes) for module in prepared.modules], sizes)
+        reserve(network, prepared.modules, Sizes.of(recipe, prepared.together))
         generator = torch.Generator().manual_seed(processes.seed(recipe.seed))
         names = {
             n
@@ -801,9 +800,8 @@ def _check_memory(
 ) -> None:
     """Raise what a walk over the modules would raise for lack of memory, before anything slow is done."""
     network = Network(graph, _memory(graph, device, budget, recipe, processes))
-    sizes = Sizes.of(recipe, together)
-    units = [reach(module, modules, _overlap(recipe)) for module in modules]
-    reserve(network.memory, [Needs.of(network, unit, sizes) for unit in units], sizes)
+    units = (reach(module, modules, _overlap(recipe)) for module in modules)
+    reserve(network, units, Sizes.of(recipe, together))
 
 
 def _overlap(recipe: Recipe) -> int:

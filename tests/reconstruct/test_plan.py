@@ -16,7 +16,7 @@ from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore
 from quiesce.reconstruct.granular import block_pass, merged_pass
 from quiesce.reconstruct.loop import Job, Pass, layer_pass, measure_pass
-from quiesce.reconstruct.plan import Needs, Sizes, plan, reserve
+from quiesce.reconstruct.plan import Sizes, plan, reserve
 from quiesce.reconstruct.streams import Network
 from tiny import Assorted, Chain, absolute, images, job, recipe, same_state
 
@@ -54,7 +54,7 @@ def test_results_are_the_same_bit_for_bit_wherever_streams_are(name: str, stream
     found = {}
     working = Memory()
     sizes = Sizes.of(chosen, 1)
-    reserve(working, [Needs.of(Network(prepared.graph), m, sizes) for m in prepared.modules], sizes)
+    reserve(Network(prepared.graph, working), prepared.modules, sizes)
     budgets = (None, 0, working.reserved + 70_000)  # on the device, in files, in both
     for budget in budgets:
         restore(prepared.graph, prepared.initial)
@@ -91,7 +91,7 @@ def test_the_plan_is_what_a_walk_does(budget: int | None) -> None:
     prepared = prepare(Assorted(), images(32), recipe())
     sizes = Sizes(8, 64)
     planned, walked = Memory(CPU, budget), Memory(CPU, budget)
-    rows = plan(Network(prepared.graph, planned), prepared.modules, planned, 32, sizes)
+    rows = plan(Network(prepared.graph, planned), prepared.modules, 32, sizes)
     work = job(prepared, recipe(), walked)
     seen = []
     made = walked.room
@@ -180,7 +180,7 @@ def test_resnet50_at_4096_images_fits_four_gigabytes() -> None:
     torchvision = pytest.importorskip("torchvision")
     prepared = prepare(torchvision.models.resnet50(weights=None).eval(), images(2, size=224), recipe("nearest"))
     memory = Memory(torch.device("cuda"), 4 * 10**9, stated=True)
-    rows = plan(Network(prepared.graph, memory), prepared.modules, memory, 4096, Sizes(32, 64))
+    rows = plan(Network(prepared.graph, memory), prepared.modules, 4096, Sizes(32, 64))
     assert max(row.device for row in rows) < 3.2 * 10**9
     assert {row.step_images for row in rows} == {32}
     # Four tensors [4096, 256, 56, 56] of 4 bytes, inputs and outputs of both streams, behind the first block.

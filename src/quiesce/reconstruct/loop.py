@@ -72,7 +72,7 @@ class Job:
 
     def make_room(self, units: Iterable[Unit]) -> None:
         """Keep memory for work on any of ``units``; raises ``MemoryLimitError`` if a stated budget does not suffice."""
-        reserve(self.network.memory, [Needs.of(self.network, unit, self.sizes) for unit in units], self.sizes)
+        reserve(self.network, units, self.sizes)
 
     def learns(self, unit: Unit) -> bool:
         """False for a unit that is left float: it has nothing to optimize."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quiesce.graph.unit import Unit, boundary
@@ -66,12 +66,13 @@ class Sizes:
         return cls(learning.batch_size, recipe.calibration_batch, together, learning.resident_images or 0)
 
 
-def reserve(memory: Memory, needs: Sequence[Needs], sizes: Sizes) -> None:
-    """Keep as much memory free as the work on any of the units takes, fewer images at a time where it must be.
+def reserve(network: Network, units: Iterable[Unit], sizes: Sizes) -> None:
+    """Keep as much memory free as the work on any of ``units`` takes, fewer images at a time where it must be.
 
     Raises:
         MemoryLimitError: a stated budget does not suffice for the fewest images.
     """
+    memory, needs = network.memory, [Needs.of(network, unit, sizes) for unit in units]
     wanted = [n.bytes(step_images(memory, n, sizes), forward_images(memory, n, sizes)) for n in needs]
     memory.reserve(max(wanted), max(n.bytes(sizes.together, sizes.together) for n in needs))
 
@@ -103,22 +104,22 @@ class PlannedUnit:
         return self.working + self.streams["device"]
 
 
-def plan(network: Network, units: Sequence[Unit], memory: Memory, images: int, sizes: Sizes) -> list[PlannedUnit]:
+def plan(network: Network, units: Sequence[Unit], images: int, sizes: Sizes) -> list[PlannedUnit]:
     """Return where the streams of a walk over ``units`` would be, and what it would take: nothing is run or made.
 
     Places are found as in a run: in the order in which streams are made, each in the first place that has room.
     """
-    needs = [Needs.of(network, unit, sizes) for unit in units]
-    reserve(memory, needs, sizes)
-    planned = []
+    reserve(network, units, sizes)
+    memory, planned = network.memory, []
     alive: list[dict[str, tuple[str, int]]] = [{}, {}]
     """Place and bytes of each tensor, float and quantized; the network's inputs are nobody's."""
-    for unit, need in zip(units, needs, strict=True):
+    for unit in units:
         made = boundary(network.nodes, unit.start, unit.stop).outputs
         behind = [dict(stream) for stream in alive]
         for stream in behind:  # the targets, which are the next float stream; then the quantized stream
-            stream |= {name: _placed(memory, network, name, images) for name in made}
+            stream |= {name: _placed(network, name, images) for name in made}
         streams = dict(memory.held)
+        need = Needs.of(network, unit, sizes)
         step, forward = step_images(memory, need, sizes), forward_images(memory, need, sizes)
         planned.append(PlannedUnit(unit.name, need.bytes(step, forward), step, streams))
         for stream in behind:
@@ -129,8 +130,8 @@ def plan(network: Network, units: Sequence[Unit], memory: Memory, images: int, s
     return planned
 
 
-def _placed(memory: Memory, network: Network, name: str, images: int) -> tuple[str, int]:
-    dtype = network.dtype(name)
+def _placed(network: Network, name: str, images: int) -> tuple[str, int]:
+    memory, dtype = network.memory, network.dtype(name)
     size = images * network.row_bytes([name]) // dtype.itemsize * memory.kept_as(dtype).itemsize
     place = memory.place(size)
     memory.hold(place, size)
