@@ -219,8 +219,11 @@ def coverage(rows: Sequence[Row], sweep: Sweep) -> str:
     hours = sum(row["measured"]["seconds"] for row in on_cpu) / 3600
     threads = sorted({row["hardware"]["threads"] for row in on_cpu})
     left = "; the others are empty" if len(rows) < len(sweep.cells) else ""
+    floats = {row["cell"]["network"]["label"]: f"{row['float_top1']:.2f} %" for row in rows}
+    named = [f"{value} ({name})" for name, value in sorted(floats.items())]
+    top1 = ", ".join(named if len(set(floats.values())) > 1 else list(floats.values())[:1])
     text = (
-        f"{len(rows)} of {len(sweep.cells)} cells have been run{left}. Float top-1 is {rows[0]['float_top1']:.2f} %. "
+        f"{len(rows)} of {len(sweep.cells)} cells have been run{left}. Float top-1 is {top1}. "
         f"It took {hours:.1f} hours of {'/'.join(map(str, threads))} thread on {'; '.join(machines)}."
     )
     if gpus := {row["hardware"]["gpu"] for row in rows if row not in on_cpu}:
