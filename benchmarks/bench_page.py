@@ -220,8 +220,8 @@ def coverage(rows: Sequence[Row], sweep: Sweep) -> str:
     threads = sorted({row["hardware"]["threads"] for row in on_cpu})
     left = "; the others are empty" if len(rows) < len(sweep.cells) else ""
     floats = {row["cell"]["network"]["label"]: f"{row['float_top1']:.2f} %" for row in rows}
-    named = [f"{value} ({name})" for name, value in sorted(floats.items())]
-    top1 = ", ".join(named if len(set(floats.values())) > 1 else list(floats.values())[:1])
+    different = set(floats.values())  # one network by several names, such as its numbers of images, has the same
+    top1 = ", ".join(different if len(different) == 1 else (f"{floats[name]} ({name})" for name in sorted(floats)))
     text = (
         f"{len(rows)} of {len(sweep.cells)} cells have been run{left}. Float top-1 is {top1}. "
         f"It took {hours:.1f} hours of {'/'.join(map(str, threads))} thread on {'; '.join(machines)}."
