@@ -281,3 +281,10 @@ def test_links_to_files_resolve(page: Path) -> None:
 def test_lines_are_at_most_120_characters(page: Path) -> None:
     long = [line for line in page.read_text(encoding="utf-8").splitlines() if len(line) > 120]
     assert not long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_code_are_closed(page: Path) -> None:
+    fences = re.findall(r"^ *```(\w*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert not any(fences[1::2]), "a block of code begins inside another one"
