@@ -34,8 +34,9 @@ from quiesce import Recipe
 from quiesce.data import IMAGE_SUFFIXES, Samples
 from quiesce.evaluate import compare, outputs_of
 from quiesce.models import load_model
-from quiesce.pipeline import QuantizedModel, prepare, run
+from quiesce.pipeline import prepare, run
 from quiesce.preprocess import Preprocessing
+from quiesce.quantized import QuantizedModel
 from quiesce.result import Result, hardware, versions
 
 MODEL = "timm:tf_efficientnet_lite{}"

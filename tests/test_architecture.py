@@ -52,8 +52,9 @@ FLOORS = (
     {"reconstruct"},
     {"precision"},
     {"export", "report"},
+    {"quantized"},
     {"pipeline", ""},
-    {"detection", "weights", "models", "sweep", "demo", "cli", "__main__"},
+    {"detection", "weights", "models", "sweep", "demo", "tables", "cli", "__main__"},
 )
 PACKAGE = Path(quiesce.__file__).parent
 

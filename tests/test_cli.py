@@ -15,15 +15,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from typer.testing import CliRunner
 
 import quiesce.reconstruct.loop
-from quiesce.cli import _stdout_to_stderr, app, main, read_recipe, results_table
+from quiesce.cli import _stdout_to_stderr, app, main, read_recipe
 from quiesce.errors import RecipeError
 from quiesce.recipe import GRANULARITIES, PRESETS, Recipe
-from quiesce.result import Result, Run
-from tiny import without_times
+from quiesce.result import Result
+from tiny import example_result, without_times
 
 SOURCE = """
 import pathlib
@@ -609,40 +608,6 @@ class TestReadRecipe:
             layers=[{"pattern": "fc", "weight_bits": 8}],
             activation_bits=None,
         )
-
-
-def example_result() -> Result:
-    runs = [
-        Run(preset="nearest", granularity=None, weight_bits=2, activation_bits=None, seed=3),
-        Run(
-            preset="qdrop",
-            granularity="loss",
-            weight_bits=2,
-            activation_bits=4,
-            seed=3,
-            top1=71.256,
-            agreement=80.0,
-            sqnr_db=12.34,
-            seconds=61.2,
-            units=[["a", "b"], ["c"]],
-            module_losses={"a": 0.1},
-            peak_loss=0.123456,
-            oscillation=0.5,
-        ),
-    ]
-    return Result(model="net", float={"top1": None}, runs=runs, recipe={}, versions={}, hardware={})
-
-
-def test_results_table() -> None:
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(results_table(example_result()))
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capture.get().splitlines() if "│" in line]
-    assert rows == [
-        ["float", "–", "32/32", "–", "–", "–", "–", "–", "–", "–"],
-        ["nearest", "–", "2/32", "–", "–", "–", "–", "–", "–", "0.0"],
-        ["qdrop", "loss", "2/4", "71.26", "80.00", "12.3", "0.1235", "0.5", "2", "61.2"],
-    ]
 
 
 def test_demo(place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

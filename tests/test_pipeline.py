@@ -306,17 +306,6 @@ def test_the_global_random_state_is_neither_read_nor_moved() -> None:
     assert torch.equal(*outputs)
 
 
-def test_a_quantized_network_is_a_module_like_others() -> None:
-    network = quiesce.quantize(Chain(1), X, small("nearest"))
-    twin = copy.deepcopy(network).to("cpu").train()
-    assert torch.equal(twin(X), network(X))
-    assert not network(X).requires_grad
-    assert list(network.parameters()) == []
-    assert network(X[:1]).shape == (1, 10)
-    with pytest.raises(ModelError, match="call it with: 1 positional"):
-        network(X, X)
-
-
 def test_one_image_is_enough_to_round_to_nearest() -> None:
     assert quiesce.quantize(Chain(1), X[:1], small("nearest"))(X).shape == (24, 10)
 

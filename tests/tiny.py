@@ -17,7 +17,7 @@ from quiesce.pipeline import Prepared, regularizer_weight
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.loop import Job
 from quiesce.reconstruct.streams import Network
-from quiesce.result import MemoryRecord, Result
+from quiesce.result import MemoryRecord, Result, Run
 
 DURATIONS = ("seconds", "block_seconds", "reused_seconds", "measuring_seconds")
 
@@ -174,3 +174,26 @@ def without_times(result: Result) -> Result:
             dataclasses.replace(run, unit_records=records, memory=MemoryRecord(), **dict.fromkeys(DURATIONS, 0.0))
         )
     return dataclasses.replace(result, runs=runs)
+
+
+def example_result() -> Result:
+    """Return a result of two runs, as small as it can be."""
+    runs = [
+        Run(preset="nearest", granularity=None, weight_bits=2, activation_bits=None, seed=3),
+        Run(
+            preset="qdrop",
+            granularity="loss",
+            weight_bits=2,
+            activation_bits=4,
+            seed=3,
+            top1=71.256,
+            agreement=80.0,
+            sqnr_db=12.34,
+            seconds=61.2,
+            units=[["a", "b"], ["c"]],
+            module_losses={"a": 0.1},
+            peak_loss=0.123456,
+            oscillation=0.5,
+        ),
+    ]
+    return Result(model="net", float={"top1": None}, runs=runs, recipe={}, versions={}, hardware={})

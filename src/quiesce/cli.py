@@ -27,22 +27,29 @@ from rich.table import Table
 from quiesce.errors import ClusterError, DataError, ModelError, QuiesceError, RecipeError, nearest_name
 from quiesce.export.export import EXPORT_OPTIONS
 from quiesce.recipe import BACKENDS, DEFAULT_PRESET, GRANULARITIES, PRESETS, Recipe
+from quiesce.tables import (
+    analysis_table,
+    cells_table,
+    fixed,
+    layers_table,
+    mixed_table,
+    parity_table,
+    results_table,
+    sensitivity_table,
+    sweep_table,
+    totals_table,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from quiesce.data import Samples
-    from quiesce.export.inspect import Inventory
-    from quiesce.export.parity import Parity
-    from quiesce.pipeline import Analysis, QuantizedModel
-    from quiesce.precision.assignment import MixedPrecision
-    from quiesce.precision.sensitivity import Sensitivity
     from quiesce.preprocess import Preprocessing
-    from quiesce.result import Result, Run
+    from quiesce.quantized import QuantizedModel
+    from quiesce.result import Result
     from quiesce.sweep.plan import Sweep
-    from quiesce.sweep.table import Row, Summary
+    from quiesce.sweep.table import Row
 
-NONE = "–"
 _MODEL = "timm:NAME, torchvision:NAME, module.path:callable (runs your code), or FILE.pt2 (with --trust)."
 _STORED = "A folder that quantize or demo has written, one of its files, or an ONNX file."
 _DATA = "an image folder, an .npz (x or images, y or labels), or module.path:callable (runs your code)"
@@ -380,7 +387,7 @@ def quantize(
                     made = choose_bits(loaded.model, samples, chosen, **budget, device=place, progress=progress)
                 chosen = made.recipe
                 if processes.first:
-                    _print(_mixed_table(made))
+                    _print(mixed_table(made))
             with bar() as progress:
                 quantized = quantize_model(
                     loaded.model,
@@ -433,7 +440,7 @@ def sweep(
     bar = _progress() if len(kept) < len(plan.cells) else nullcontext()
     _print(_counted(plan, len(kept)))
     if dry_run:
-        _print(_cells_table(plan, {row.name for row in kept.values()}))
+        _print(cells_table(plan, {row.name for row in kept.values()}))
         return
     try:
         # Ray prints there when a worker is lost, of which one is told in one line.
@@ -447,7 +454,7 @@ def sweep(
         raise
     summaries = summarize(plan.cells, rows)
     report = write_sweep_report(summaries, rows, deciding_versions(), out)
-    _print(_sweep_table(summaries))
+    _print(sweep_table(summaries))
     left = others(plan, out)
     if left:
         _print(f"{left} finished cells in {out} are of other settings or versions, and in no table.")
@@ -489,7 +496,7 @@ def evaluate(
     with _data_that_fits(folder, data):
         metrics = measure(quantized.to(place), samples.to(place), batch_size=batch_size)
     table = Table("network", "images", "top-1 %", title=f"{folder}")
-    table.add_row(quantized.result.model, str(metrics.images), _fixed(metrics.top1, 2))
+    table.add_row(quantized.result.model, str(metrics.images), fixed(metrics.top1, 2))
     _print(table)
     if metrics.top1 is None:
         _print("The data has no labels, so there is no top-1.")
@@ -575,7 +582,7 @@ def analyze(
         example = Samples((torch.randn(2, *(shape or ()), generator=torch.Generator().manual_seed(0)),))
     analysis = analyze_model(loaded.model, example, chosen)
     numbers = asdict(analysis)
-    _print(_analysis_table(analysis, loaded.name))
+    _print(analysis_table(analysis, loaded.name))
     _print_float_layers(analysis.float_layers)
     if samples is not None:
         with _progress() as progress:
@@ -583,7 +590,7 @@ def analyze(
                 loaded.model, samples, chosen, bits=tried or (), device=place, progress=progress
             )
         numbers["sensitivity"] = found.to_dict()
-        _print(_sensitivity_table(found, loaded.name))
+        _print(sensitivity_table(found, loaded.name))
         if figure is not None:
             write_text(figure, sensitivities(found) + "\n")
     if json_file is not None:
@@ -616,7 +623,7 @@ def export(
 
     import quiesce
     from quiesce.outputs import EXPORT_NAME, check_new
-    from quiesce.pipeline import EXPORTS
+    from quiesce.quantized import EXPORTS
 
     target = EXPORTS[form]
     path = folder / f"{EXPORT_NAME}{target.suffix}" if out is None else out
@@ -632,7 +639,7 @@ def export(
 
         with _data_that_fits(folder, str(check)):
             parity = check_parity(quantized.graph_module, path, samples)
-        _print(_parity_table(parity))
+        _print(parity_table(parity))
 
 
 @app.command()
@@ -647,8 +654,8 @@ def inspect(
     inventory = read_inventory(path)
     if json_file is not None:
         write_text(json_file, json.dumps(inventory.to_dict(), indent=2) + "\n")
-    _print(_layers_table(inventory))
-    _print(_totals_table(inventory))
+    _print(layers_table(inventory))
+    _print(totals_table(inventory))
 
 
 @app.command()
@@ -812,39 +819,6 @@ def _logged() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def results_table(result: Result) -> Table:
-    """Return the table of a result: one row for the float network and one for each run."""
-    table = Table(title=f"{result.model}, seed {result.run.seed}")
-    for name in ("method", "granularity", "bits W/A"):
-        table.add_column(name)
-    for name in ("top-1 %", "agree %", "SQNR dB", "peak loss", "oscillation", "units", "seconds"):
-        table.add_column(name, justify="right")
-    table.add_row("float", NONE, "32/32", _fixed(result.float.get("top1"), 2), *[NONE] * 6)
-    for run in result.runs:
-        table.add_row(*_result_row(run))
-    for export in result.exports:
-        if export.runtime is not None:
-            row = _result_row(result.run)
-            table.add_row(f"{export.file} in {export.runtime}", *row[1:3], _fixed(export.top1, 2), *[NONE] * 6)
-    return table
-
-
-def _result_row(run: Run) -> list[str]:
-    measured = bool(run.module_losses)
-    return [
-        run.preset,
-        run.granularity or NONE,
-        f"{run.weight_bits}/{run.activation_bits or 32}",
-        _fixed(run.top1, 2),
-        _fixed(run.agreement, 2),
-        _fixed(run.sqnr_db, 1),
-        f"{run.peak_loss:.4g}" if measured else NONE,
-        f"{run.oscillation:.4g}" if measured else NONE,
-        str(len(run.units)) if run.units else NONE,
-        _fixed(run.seconds, 1),
-    ]
-
-
 def _counted(plan: Sweep, kept: int) -> str:
     """Say how many cells a sweep has, of what, and where they are to run."""
     cells, cluster = plan.cells, plan.cluster
@@ -860,85 +834,10 @@ def _counted(plan: Sweep, kept: int) -> str:
     return f"{len(cells)} cells ({of}): {kept} finished, {len(cells) - kept} to run {where}, {each} each"
 
 
-def _cells_table(plan: Sweep, kept: set[str]) -> Table:
-    table = Table("network", "bits", "method", "seed", "")
-    for cell in plan.cells:
-        state = "finished" if cell.name in kept else "to run"
-        table.add_row(cell.network.label, cell.bits, cell.method, str(cell.recipe.seed), state)
-    return table
-
-
-def _sweep_table(summaries: list[Summary]) -> Table:
-    from quiesce.sweep.report import spread
-
-    table = Table("network", "bits W/A", "method", title="Means ± sample standard deviations over seeds")
-    for name in ("seeds", "top-1 %", "agree %", "SQNR dB", "peak loss", "oscillation", "seconds", "failed"):
-        table.add_column(name, justify="right")
-    decimals = {"top1": 2, "agreement": 2, "sqnr_db": 2, "peak_loss": 1, "oscillation": 0, "seconds": 1}
-    for number, row in enumerate(summaries):
-        if row.float_top1 is not None and row.network not in {s.network for s in summaries[:number]}:
-            table.add_row(row.network, "W32A32", "float", NONE, _fixed(row.float_top1, 2), *[NONE] * 6)
-        values = [spread(row.metrics[name], places) for name, places in decimals.items()]
-        failed = str(row.failed) if row.failed else NONE
-        table.add_row(row.network, row.bits, row.method, str(len(row.seeds)), *values, failed)
-    return table
-
-
 def _failures(rows: list[Row]) -> list[str]:
     """Return a sentence for each error, with the number of cells that it has stopped."""
     errors = [row.error.strip().splitlines()[-1] for row in rows if row.error is not None]
     return [f"{errors.count(error)} of {len(rows)} cells failed: {error}" for error in dict.fromkeys(errors)]
-
-
-def _analysis_table(analysis: Analysis, name: str) -> Table:
-    table = Table(title=f"{name}: blocks {len(analysis.modules)}, merged units {len(analysis.merges)}")
-    table.add_column("block")
-    for column in ("weight layers", "capacity", "differential to next"):
-        table.add_column(column, justify="right")
-    table.add_column("merged unit")
-    unit_of = {module: f"{i}" for i, unit in enumerate(analysis.merges, 1) for module in unit}
-    differentials = [f"{d:.3f}" for d in analysis.differentials]
-    for i, module in enumerate(analysis.modules):
-        capacity = analysis.capacities.get(module)
-        table.add_row(
-            module,
-            str(len(analysis.layers[module])),
-            NONE if capacity is None else f"{capacity:,.0f}",
-            differentials[i] if i < len(differentials) else NONE,
-            unit_of.get(module, ""),
-        )
-    return table
-
-
-def _sensitivity_table(found: Sensitivity, name: str) -> Table:
-    table = Table(title=f"{name}: output error of each layer quantized alone, on {found.images:,} held-out images")
-    table.add_column("layer")
-    bits = sorted({b for row in found.layers for b in row.weight_errors})
-    for column in ("weights", "bits W/A", "error", "SQNR dB", "input alone", *(f"W{b} alone" for b in bits)):
-        table.add_column(column, justify="right")
-    for row in found.ranked:
-        alone = [row.weight_errors.get(b) for b in bits]
-        table.add_row(
-            row.layer,
-            f"{row.weights:,}",
-            f"{row.weight_bits}/{row.input_bits or 32}",
-            f"{row.error:.3g}",
-            _fixed(row.sqnr_db, 1),
-            *(NONE if value is None else f"{value:.3g}" for value in (row.input_error, *alone)),
-        )
-    table.caption = f"{found.passes:.1f} forward passes over these images, {found.seconds:.1f} s"
-    return table
-
-
-def _mixed_table(made: MixedPrecision) -> Table:
-    table = Table(title=f"Chosen bits: {made.cost}")
-    table.add_column("layer")
-    for column in ("weights", "bits", "error alone"):
-        table.add_column(column, justify="right")
-    for row in made.sensitivity.layers:
-        bits = made.bits[row.layer]
-        table.add_row(row.layer, f"{row.weights:,}", str(bits), f"{row.weight_errors[bits]:.3g}")
-    return table
 
 
 @contextmanager
@@ -985,44 +884,6 @@ def _stored_preprocessing(quantized: QuantizedModel) -> Preprocessing | None:
     return None if stored is None else Preprocessing.from_dict(stored)
 
 
-def _parity_table(parity: Parity) -> Table:
-    table = Table("the file in ONNX Runtime, against the simulation", "", title=f"{parity.images:,} images")
-    table.add_row("largest difference of an output", f"{parity.largest_difference:.3g} of {parity.largest_output:.3g}")
-    table.add_row("SQNR of the outputs, dB", NONE if parity.sqnr_db is None else f"{parity.sqnr_db:.1f}")
-    table.add_row("images with another top-1", f"{parity.top1_differs}")
-    table.add_row("… where a rounding tie was broken the other way", f"{parity.top1_differs_at_tie}")
-    table.add_row("integers compared, layer by layer", f"{parity.values:,}")
-    table.add_row("… that differ at a rounding tie", f"{parity.ties_broken:,}")
-    table.add_row("… that differ elsewhere", f"{parity.mismatches:,}")
-    table.add_row("farthest from a tie of those that differ, steps", f"{parity.farthest:.2g}")
-    return table
-
-
-def _layers_table(inventory: Inventory) -> Table:
-    table = Table("layer", "shape", title=inventory.path)
-    for column in ("bits", "stored bits", "scales", "integers, bytes", "scales and zero points, bytes"):
-        table.add_column(column, justify="right")
-    for row in inventory.layers:
-        numbers = (row.bits, row.stored_bits, row.scales, row.integer_bytes, row.grid_bytes)
-        table.add_row(row.layer, " × ".join(map(str, row.shape)), *[f"{n:,}" for n in numbers])
-    return table
-
-
-def _totals_table(inventory: Inventory) -> Table:
-    totals = inventory.totals
-    table = Table("", title="Totals")
-    for column in ("bytes", "the file in relation to it"):
-        table.add_column(column, justify="right")
-    table.add_row("file", f"{inventory.file_bytes:,}", "")
-    needed = "integers at their bits, scales, zero points, biases"
-    table.add_row(needed, f"{inventory.needed_bytes:,}", f"{totals['file_to_needed']:.3f} × as large")
-    for name in ("float32", "int8"):
-        table.add_row(
-            f"{name} weights", f"{totals[f'{name}_bytes']:,}", f"{totals[f'smaller_than_{name}']:.2f} × smaller"
-        )
-    return table
-
-
 def _show_results(result: Result, out: Path) -> None:
     _print(results_table(result))
     _print_float_layers(result.float_layers)
@@ -1043,7 +904,3 @@ def _print(content: str | Table) -> None:
     if not console.is_terminal:
         console = Console(width=160)
     console.print(content, markup=False, highlight=False, soft_wrap=isinstance(content, str))
-
-
-def _fixed(value: float | None, digits: int) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quiesce.errors import DataError, ModelError
 from quiesce.graph.capture import interface_of
-from quiesce.pipeline import QuantizedModel
+from quiesce.quantized import QuantizedModel
 
 
 class Core(nn.Module):

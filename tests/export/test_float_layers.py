@@ -13,7 +13,7 @@ from quiesce.export.executorch import export_executorch
 from quiesce.export.inspect import inspect
 from quiesce.export.parity import check_parity
 from quiesce.graph.bias import _biased_layers
-from quiesce.pipeline import QuantizedModel
+from quiesce.quantized import QuantizedModel
 from tiny import Assorted, images, recipe
 
 LEFT = ("stem", "type:Squeeze", "blocks.2.conv2")

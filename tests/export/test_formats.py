@@ -14,7 +14,7 @@ from quiesce.cli import main
 from quiesce.errors import ModelError, OutputError
 from quiesce.export.export import EXPORT_OPTIONS, Export
 from quiesce.outputs import RESULT_FILES
-from quiesce.pipeline import EXPORTS, QuantizedModel
+from quiesce.quantized import EXPORTS, QuantizedModel
 from tiny import Chain, images, recipe, run_examples
 
 Command = Callable[..., tuple[int, str, str]]

@@ -24,8 +24,8 @@ from quiesce.errors import ModelError, OutputError
 from quiesce.export.export import Export
 from quiesce.export.onnx import export_onnx
 from quiesce.export.parity import Parity, check_parity
-from quiesce.pipeline import QuantizedModel
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers
+from quiesce.quantized import QuantizedModel
 from quiesce.recipe import Recipe
 from tiny import Chain, images, recipe
 

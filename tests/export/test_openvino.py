@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quiesce.errors import ModelError, OutputError
 from quiesce.evaluate import sqnr_db
 from quiesce.export.openvino import export_openvino
-from quiesce.pipeline import QuantizedModel
+from quiesce.quantized import QuantizedModel
 from tiny import images
 
 

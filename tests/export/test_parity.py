@@ -14,8 +14,8 @@ import quiesce
 from quiesce.data import Samples
 from quiesce.export.onnx import export_onnx
 from quiesce.export.parity import check_parity
-from quiesce.pipeline import QuantizedModel
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, fake_quantizers
+from quiesce.quantized import QuantizedModel
 from tiny import Chain, images, recipe
 
 

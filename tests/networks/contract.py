@@ -19,7 +19,7 @@ from quiesce.graph.ops import weight_node
 from quiesce.graph.partition import LOOSE_LAYERS, partition
 from quiesce.graph.place import module_stack, weight_layers
 from quiesce.graph.unit import Unit, boundary, compute_nodes
-from quiesce.pipeline import Prepared, QuantizedModel, prepare, regularizer_weight, run
+from quiesce.pipeline import Prepared, prepare, regularizer_weight, run
 from quiesce.progress import Progress
 from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import (
@@ -31,6 +31,7 @@ from quiesce.quant.fake_quantize import (
     restore,
     snapshot,
 )
+from quiesce.quantized import QuantizedModel
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.batches import Batch, Problem
 from quiesce.reconstruct.loop import _Walk

@@ -15,8 +15,9 @@ from quiesce.evaluate import compare, outputs_of
 from quiesce.export.export import require
 from quiesce.export.parity import OnnxSession
 from quiesce.outputs import EXPORT_NAME
-from quiesce.pipeline import QuantizedModel, prepare, run
+from quiesce.pipeline import prepare, run
 from quiesce.progress import ProgressCallback
+from quiesce.quantized import QuantizedModel
 from quiesce.recipe import Recipe
 from quiesce.report.html import write_report
 from quiesce.result import ExportRecord, Result, Run

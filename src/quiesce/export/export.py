@@ -16,7 +16,7 @@ EXPORT_OPTIONS = {
     "program": ("pt2e",),
     "executorch": ("batch",),
 }
-"""Formats of files for other programs, and the settings of each; how they are written is in ``pipeline.EXPORTS``."""
+"""Formats of files for other programs, and the settings of each; how they are written is in ``quantized.EXPORTS``."""
 
 
 @dataclass(frozen=True)
