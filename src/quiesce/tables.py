@@ -53,6 +53,7 @@ def _result_row(run: Run) -> list[str]:
 
 
 def cells_table(plan: Sweep, kept: set[str]) -> Table:
+    """Return the cells of a sweep, each finished (its name in ``kept``) or to run."""
     table = Table("network", "bits", "method", "seed", "")
     for cell in plan.cells:
         state = "finished" if cell.name in kept else "to run"
@@ -61,6 +62,7 @@ def cells_table(plan: Sweep, kept: set[str]) -> Table:
 
 
 def sweep_table(summaries: list[Summary]) -> Table:
+    """Return means and standard deviations over the seeds of each network, number of bits and method."""
     from quiesce.sweep.report import spread
 
     table = Table("network", "bits W/A", "method", title="Means ± sample standard deviations over seeds")
@@ -77,6 +79,7 @@ def sweep_table(summaries: list[Summary]) -> Table:
 
 
 def analysis_table(analysis: Analysis, name: str) -> Table:
+    """Return the blocks of a network, and which of them are merged into which unit."""
     table = Table(title=f"{name}: blocks {len(analysis.modules)}, merged units {len(analysis.merges)}")
     table.add_column("block")
     for column in ("weight layers", "capacity", "differential to next"):
@@ -97,6 +100,7 @@ def analysis_table(analysis: Analysis, name: str) -> Table:
 
 
 def sensitivity_table(found: Sensitivity, name: str) -> Table:
+    """Return the error of each layer quantized alone, the most sensitive first."""
     table = Table(title=f"{name}: output error of each layer quantized alone, on {found.images:,} held-out images")
     table.add_column("layer")
     bits = sorted({b for row in found.layers for b in row.weight_errors})
@@ -117,6 +121,7 @@ def sensitivity_table(found: Sensitivity, name: str) -> Table:
 
 
 def mixed_table(made: MixedPrecision) -> Table:
+    """Return the bits that each layer was given."""
     table = Table(title=f"Chosen bits: {made.cost}")
     table.add_column("layer")
     for column in ("weights", "bits", "error alone"):
@@ -128,6 +133,7 @@ def mixed_table(made: MixedPrecision) -> Table:
 
 
 def parity_table(parity: Parity) -> Table:
+    """Return how the answers of an exported file differ from those of the network."""
     table = Table("the file in ONNX Runtime, against the simulation", "", title=f"{parity.images:,} images")
     table.add_row("largest difference of an output", f"{parity.largest_difference:.3g} of {parity.largest_output:.3g}")
     table.add_row("SQNR of the outputs, dB", NONE if parity.sqnr_db is None else f"{parity.sqnr_db:.1f}")
@@ -141,6 +147,7 @@ def parity_table(parity: Parity) -> Table:
 
 
 def layers_table(inventory: Inventory) -> Table:
+    """Return what is stored for each layer of a file."""
     table = Table("layer", "shape", title=inventory.path)
     for column in ("bits", "stored bits", "scales", "integers, bytes", "scales and zero points, bytes"):
         table.add_column(column, justify="right")
@@ -151,6 +158,7 @@ def layers_table(inventory: Inventory) -> Table:
 
 
 def totals_table(inventory: Inventory) -> Table:
+    """Return the bytes of a file beside what it needs, and beside float32 and 8-bit weights."""
     totals = inventory.totals
     table = Table("", title="Totals")
     for column in ("bytes", "the file in relation to it"):
@@ -166,4 +174,5 @@ def totals_table(inventory: Inventory) -> Table:
 
 
 def fixed(value: float | None, digits: int) -> str:
+    """Return ``value`` to so many digits, or the sign for none."""
     return NONE if value is None else f"{value:.{digits}f}"
