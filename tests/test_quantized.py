@@ -9,18 +9,16 @@ import torch
 
 import quiesce
 from quiesce.errors import ModelError
-from tiny import Chain
-from tiny import recipe as small
-
-X = torch.randn(24, 3, 8, 8)
+from tiny import Chain, images, recipe
 
 
 def test_a_quantized_network_is_a_module_like_others() -> None:
-    network = quiesce.quantize(Chain(1), X, small("nearest"))
+    x = images(24)
+    network = quiesce.quantize(Chain(1), x, recipe("nearest"))
     twin = copy.deepcopy(network).to("cpu").train()
-    assert torch.equal(twin(X), network(X))
-    assert not network(X).requires_grad
+    assert torch.equal(twin(x), network(x))
+    assert not network(x).requires_grad
     assert list(network.parameters()) == []
-    assert network(X[:1]).shape == (1, 10)
+    assert network(x[:1]).shape == (1, 10)
     with pytest.raises(ModelError, match="call it with: 1 positional"):
-        network(X, X)
+        network(x, x)

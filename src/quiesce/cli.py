@@ -30,8 +30,8 @@ from quiesce.recipe import BACKENDS, DEFAULT_PRESET, GRANULARITIES, PRESETS, Rec
 from quiesce.tables import (
     analysis_table,
     cells_table,
-    fixed,
     layers_table,
+    metrics_table,
     mixed_table,
     parity_table,
     results_table,
@@ -495,9 +495,7 @@ def evaluate(
     samples = load_data(data, preprocessing, limit=images, seed=seed, what="evaluation")
     with _data_that_fits(folder, data):
         metrics = measure(quantized.to(place), samples.to(place), batch_size=batch_size)
-    table = Table("network", "images", "top-1 %", title=f"{folder}")
-    table.add_row(quantized.result.model, str(metrics.images), fixed(metrics.top1, 2))
-    _print(table)
+    _print(metrics_table(metrics, quantized.result.model, folder))
     if metrics.top1 is None:
         _print("The data has no labels, so there is no top-1.")
 

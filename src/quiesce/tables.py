@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from quiesce.evaluate import Metrics
     from quiesce.export.inspect import Inventory
     from quiesce.export.parity import Parity
     from quiesce.pipeline import Analysis
@@ -26,13 +29,13 @@ def results_table(result: Result) -> Table:
         table.add_column(name)
     for name in ("top-1 %", "agree %", "SQNR dB", "peak loss", "oscillation", "units", "seconds"):
         table.add_column(name, justify="right")
-    table.add_row("float", NONE, "32/32", fixed(result.float.get("top1"), 2), *[NONE] * 6)
+    table.add_row("float", NONE, "32/32", _fixed(result.float.get("top1"), 2), *[NONE] * 6)
     for run in result.runs:
         table.add_row(*_result_row(run))
     for export in result.exports:
         if export.runtime is not None:
             row = _result_row(result.run)
-            table.add_row(f"{export.file} in {export.runtime}", *row[1:3], fixed(export.top1, 2), *[NONE] * 6)
+            table.add_row(f"{export.file} in {export.runtime}", *row[1:3], _fixed(export.top1, 2), *[NONE] * 6)
     return table
 
 
@@ -42,13 +45,13 @@ def _result_row(run: Run) -> list[str]:
         run.preset,
         run.granularity or NONE,
         f"{run.weight_bits}/{run.activation_bits or 32}",
-        fixed(run.top1, 2),
-        fixed(run.agreement, 2),
-        fixed(run.sqnr_db, 1),
+        _fixed(run.top1, 2),
+        _fixed(run.agreement, 2),
+        _fixed(run.sqnr_db, 1),
         f"{run.peak_loss:.4g}" if measured else NONE,
         f"{run.oscillation:.4g}" if measured else NONE,
         str(len(run.units)) if run.units else NONE,
-        fixed(run.seconds, 1),
+        _fixed(run.seconds, 1),
     ]
 
 
@@ -71,10 +74,17 @@ def sweep_table(summaries: list[Summary]) -> Table:
     decimals = {"top1": 2, "agreement": 2, "sqnr_db": 2, "peak_loss": 1, "oscillation": 0, "seconds": 1}
     for number, row in enumerate(summaries):
         if row.float_top1 is not None and row.network not in {s.network for s in summaries[:number]}:
-            table.add_row(row.network, "W32A32", "float", NONE, fixed(row.float_top1, 2), *[NONE] * 6)
+            table.add_row(row.network, "W32A32", "float", NONE, _fixed(row.float_top1, 2), *[NONE] * 6)
         values = [spread(row.metrics[name], places) for name, places in decimals.items()]
         failed = str(row.failed) if row.failed else NONE
         table.add_row(row.network, row.bits, row.method, str(len(row.seeds)), *values, failed)
+    return table
+
+
+def metrics_table(metrics: Metrics, model: str, folder: Path) -> Table:
+    """Return the top-1 of the network ``model`` that is in ``folder``."""
+    table = Table("network", "images", "top-1 %", title=f"{folder}")
+    table.add_row(model, str(metrics.images), _fixed(metrics.top1, 2))
     return table
 
 
@@ -113,7 +123,7 @@ def sensitivity_table(found: Sensitivity, name: str) -> Table:
             f"{row.weights:,}",
             f"{row.weight_bits}/{row.input_bits or 32}",
             f"{row.error:.3g}",
-            fixed(row.sqnr_db, 1),
+            _fixed(row.sqnr_db, 1),
             *(NONE if value is None else f"{value:.3g}" for value in (row.input_error, *alone)),
         )
     table.caption = f"{found.passes:.1f} forward passes over these images, {found.seconds:.1f} s"
@@ -136,7 +146,7 @@ def parity_table(parity: Parity) -> Table:
     """Return how the answers of an exported file differ from those of the network."""
     table = Table("the file in ONNX Runtime, against the simulation", "", title=f"{parity.images:,} images")
     table.add_row("largest difference of an output", f"{parity.largest_difference:.3g} of {parity.largest_output:.3g}")
-    table.add_row("SQNR of the outputs, dB", NONE if parity.sqnr_db is None else f"{parity.sqnr_db:.1f}")
+    table.add_row("SQNR of the outputs, dB", _fixed(parity.sqnr_db, 1))
     table.add_row("images with another top-1", f"{parity.top1_differs}")
     table.add_row("… where a rounding tie was broken the other way", f"{parity.top1_differs_at_tie}")
     table.add_row("integers compared, layer by layer", f"{parity.values:,}")
@@ -173,6 +183,5 @@ def totals_table(inventory: Inventory) -> Table:
     return table
 
 
-def fixed(value: float | None, digits: int) -> str:
-    """Return ``value`` to so many digits, or the sign for none."""
+def _fixed(value: float | None, digits: int) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
