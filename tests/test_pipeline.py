@@ -22,7 +22,7 @@ from quiesce.pipeline import FUSED_STEPS, analyze, choose_bits, prepare, run
 from quiesce.quant import kernels
 from quiesce.quant.fake_quantize import fake_quantizers
 from quiesce.recipe import PRESETS
-from tiny import Assorted, Chain, TiedPair
+from tiny import Assorted, Chain, TiedPair, without_times
 from tiny import recipe as small
 
 QUICK = {"steps": 4, "batch_size": 8}
@@ -32,17 +32,6 @@ X, Y = torch.randn(24, 3, 8, 8), torch.arange(24) % 10
 def recipe(preset: str = "qdrop", **settings: Any) -> Recipe:
     quick = {} if preset == "nearest" else QUICK
     return Recipe.preset(preset, **{**quick, **settings})
-
-
-def without_times(result: Result) -> Any:
-    data = json.loads(result.to_json())
-
-    def strip(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if not k.endswith("seconds") and k != "memory"}
-        return [strip(v) for v in value] if isinstance(value, list) else value
-
-    return strip(data)
 
 
 def test_result_has_the_documented_form(tmp_path: Path) -> None:
