@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 import quiesce
-from quiesce.cli import results_table
+from quiesce.cli.tables import results_table
 from quiesce.data import Samples, load_data
 from quiesce.models import load_model
 from quiesce.preprocess import override

@@ -30,13 +30,13 @@ import torch
 from torch import nn
 
 import quiesce
+from quiesce.cli.tables import results_table
 from quiesce.errors import QuiesceError
 from quiesce.export.checkpoint import GRAPH_FILE, RECIPE_FILE, RESULT_FILE, TENSOR_FILE
 from quiesce.export.inspect import inspect
 from quiesce.models import load_weights
 from quiesce.recipe import Recipe
 from quiesce.result import Result
-from quiesce.tables import results_table
 
 SECONDS = 10
 MEMORY = 2**30

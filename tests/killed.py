@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from quiesce.cli import main
+from quiesce.cli.commands import main
 from quiesce.pipeline import prepare, run
 from quiesce.reconstruct.journal import finished_units
 from tiny import Chain, images, recipe

@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from quiesce import Recipe, Result
-from quiesce.cli import app
+from quiesce.cli.commands import app
 from quiesce.graph.backends import BACKENDS
 from quiesce.oscillation.schemes import published_schemes
 from quiesce.recipe import BACKENDS as BACKEND_DEMANDS

@@ -1,6 +1,6 @@
 """``python -m quiesce``, as torchrun starts it."""
 
-from quiesce.cli import main
+from quiesce.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import quiesce
-from quiesce.cli import main
+from quiesce.cli.commands import main
 from quiesce.errors import ModelError, OutputError
 from quiesce.export.export import EXPORT_OPTIONS, Export
 from quiesce.outputs import RESULT_FILES

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import quiesce
-from quiesce.cli import main
+from quiesce.cli.commands import main
 from quiesce.demo import load_images, load_network
 from quiesce.errors import FileFormatError
 from quiesce.export.checkpoint import GRAPH_FILE, TENSOR_FILE

@@ -207,7 +207,7 @@ import subprocess, sys, time, pathlib
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 lost = cluster.add_node(num_cpus=1)
-command = [sys.executable, "-c", "from quiesce.cli import main; main()", "sweep", "sweep.toml", "--out", "out"]
+command = [sys.executable, "-m", "quiesce", "sweep", "sweep.toml", "--out", "out"]
 process = subprocess.Popen([*command, "--save-networks", "--address", cluster.address])
 while not pathlib.Path("pid").exists():
     time.sleep(0.1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from quiesce.cli import main
+from quiesce.cli.commands import main
 from quiesce.sweep.plan import Sweep
 from sweeps import ONE_CELL, change_images, keep
 
@@ -127,7 +127,7 @@ def test_ctrl_c_and_the_same_command_again(read: Read, place: Path) -> None:
     """Ctrl-C reaches the process and all that Ray has started; nothing stays behind, and the same command goes on."""
     broken = '[[network]]\nname = "broken"\nmodel = "sweep_source:raises"\n[grid]'
     read(*ONE_CELL[1:], ("[grid]", broken), ("steps = 2", "steps = 400"))
-    command = [sys.executable, "-c", "from quiesce.cli import main; main()", "sweep", "sweep.toml", "--out", "out"]
+    command = [sys.executable, "-m", "quiesce", "sweep", "sweep.toml", "--out", "out"]
     with (place / "said").open("w") as said:
         process = subprocess.Popen(command, cwd=place, stderr=said, stdout=said, start_new_session=True)
         wait_for(lambda: len(list(place.glob("out/cells/net*"))) == 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from quiesce.tables import results_table
+from quiesce.cli.tables import results_table
 from tiny import example_result
 
 
