@@ -45,7 +45,8 @@ from quiesce.export.onnx import export_onnx
 from quiesce.export.openvino import export_openvino
 from quiesce.export.parity import Parity, check_parity
 from quiesce.models import load_model
-from quiesce.pipeline import prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import prepare
 from quiesce.quantized import QuantizedModel
 from quiesce.result import hardware, versions
 from train_demo import read_set

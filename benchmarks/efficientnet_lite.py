@@ -34,7 +34,8 @@ from quiesce import Recipe
 from quiesce.data import IMAGE_SUFFIXES, Samples
 from quiesce.evaluate import compare, outputs_of
 from quiesce.models import load_model
-from quiesce.pipeline import prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import prepare
 from quiesce.preprocess import Preprocessing
 from quiesce.quantized import QuantizedModel
 from quiesce.result import Result, hardware, versions

@@ -35,7 +35,8 @@ from quiesce.demo import load_network, normalize
 from quiesce.graph.unit import extract
 from quiesce.oscillation.granularity import Groups
 from quiesce.outputs import write_text
-from quiesce.pipeline import Prepared, _job, prepare
+from quiesce.pipeline import job_of
+from quiesce.preparation import Prepared, prepare
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore, snapshot
 from quiesce.reconstruct.granular import Outcome, measuring_job, merged_pass, propose
@@ -116,7 +117,7 @@ class Comparison:
             "test": tensors(*read_set(DATA, "t10k"), slice(None)),
         }
         self.prepared: Prepared = prepare(self.model, calibration, self.recipe)
-        self.job: Job = _job(self.prepared, self.recipe)
+        self.job: Job = job_of(self.prepared, self.recipe)
         self.guard = Guard(Network(self.prepared.graph), self.job.inputs, self.job.images, 64)
 
     def rows(self) -> Iterator[Row]:

@@ -26,7 +26,8 @@ import torch
 import quiesce.reconstruct.optimize as optimizing
 from quiesce import Recipe
 from quiesce.memory import Memory, Peak, format_bytes, parse_bytes
-from quiesce.pipeline import prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import prepare
 from quiesce.reconstruct.order import Order, draw_order
 from quiesce.reconstruct.plan import Sizes, plan
 from quiesce.reconstruct.resident import Residents

@@ -22,7 +22,8 @@ import torch
 from quiesce import Recipe, choose_bits
 from quiesce.demo import load_images, load_network
 from quiesce.outputs import write_text
-from quiesce.pipeline import prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import prepare
 from quiesce.result import hardware, versions
 
 OUT = Path(__file__).parent / "results" / "mixed.json"

@@ -22,7 +22,8 @@ from quiesce import Recipe
 from quiesce.demo.assets import load_images, load_network
 from quiesce.graph.unit import Unit
 from quiesce.memory import Memory
-from quiesce.pipeline import _job, prepare, quantize
+from quiesce.pipeline import job_of, quantize
+from quiesce.preparation import prepare
 from quiesce.processes import ALONE, Processes, process_group
 from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import Drop, snapshot
@@ -79,16 +80,16 @@ def gradient_bytes(job: Job, unit: Unit) -> int:
     return sum(4 * q.quantized.numel() for q in quantizers if hasattr(q, "quantized"))
 
 
-def job_of(name: str, processes: Processes, images: int, size: int) -> Job:
+def network_job(name: str, processes: Processes, images: int, size: int) -> Job:
     recipe = Recipe.preset("qdrop-fast", weight_range="minmax", activation_range="minmax")
     given = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     network = getattr(torchvision.models, name)(weights=None).eval()
-    return _job(prepare(network, given, recipe, processes=processes), recipe, MEMORY)
+    return job_of(prepare(network, given, recipe, processes=processes), recipe, MEMORY)
 
 
 def on_paper(name: str) -> None:
-    job = job_of(name, ALONE, 32, 64)
+    job = network_job(name, ALONE, 32, 64)
     unit = max(job.modules, key=lambda u: gradient_bytes(job, u))
     volume = gradient_bytes(job, unit)
     cells = []
@@ -101,7 +102,7 @@ def on_paper(name: str) -> None:
 def steps(name: str, processes: Processes, count: int, images: int, size: int) -> None:
     """Take ``count`` steps of every unit; print the time of a step of each, of the processor and on the clock, and what
     the mean of gradients takes on the clock."""
-    job = job_of(name, processes, images, size)
+    job = network_job(name, processes, images, size)
     walk, taken, worked, told = _Walk(job), 0.0, 0.0, 0.0
     for unit in job.modules:
         problem, learning = walk._problem(unit), job.reconstruction

@@ -21,7 +21,8 @@ import torch
 import torchvision
 
 from quiesce import Recipe
-from quiesce.pipeline import Prepared, prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import Prepared, prepare
 from quiesce.reconstruct.journal import Journal
 
 

@@ -39,7 +39,8 @@ from quiesce import Recipe
 from quiesce.demo import load_images, load_network
 from quiesce.memory import Memory
 from quiesce.outputs import write_text
-from quiesce.pipeline import Prepared, _job, prepare, regularizer_weight
+from quiesce.pipeline import job_of, regularizer_weight
+from quiesce.preparation import Prepared, prepare
 from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import Drop, restore
 from quiesce.reconstruct.batches import Batches, Problem
@@ -157,7 +158,7 @@ def measure_network(name: str, options: argparse.Namespace, record: dict[str, An
     times: dict[str, dict[str, list[float]]] = {v: {} for v in options.variants}
     peaks = dict.fromkeys(options.variants, 0.0)
     shares: dict[str, list[tuple[float, float]]] = {v: [] for v in options.variants}
-    walk = _Walk(_job(prepared, recipe, Memory(prepared.device)))
+    walk = _Walk(job_of(prepared, recipe, Memory(prepared.device)))
     for unit in prepared.modules:
         problem = walk._problem(unit)
         for variant in options.variants:
@@ -280,7 +281,7 @@ def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) 
     prepared = prepare(copy.deepcopy(network).double(), few, recipe)
     weight = regularizer_weight(prepared.graph, recipe)
     assert weight is not None
-    walk, rows = _Walk(_job(prepared, recipe, Memory(prepared.device))), []
+    walk, rows = _Walk(job_of(prepared, recipe, Memory(prepared.device))), []
     for unit in prepared.modules:
         problem = walk._problem(unit)
         drop = Drop(settings.drop_prob, Draws(recipe.seed, problem.device)) if settings.drop_prob else None
@@ -302,7 +303,7 @@ def check_losses(name: str, network: nn.Module, images: Tensor, recipe: Recipe) 
 
 def time_caching(name: str, prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     """Time what units are fed, made as the references do, from the network's start for each, and carried along."""
-    job = _job(prepared, recipe, Memory(prepared.device))
+    job = job_of(prepared, recipe, Memory(prepared.device))
     began = time.perf_counter()
     walk = _Walk(job)
     for unit in prepared.modules:

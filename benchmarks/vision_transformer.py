@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from quiesce import Recipe
 from quiesce.demo import normalize
 from quiesce.outputs import write_text
-from quiesce.pipeline import prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import prepare
 from quiesce.result import hardware, versions
 from train_demo import BATCH, DATA, LABEL_SMOOTHING, fit, read_set, split, tensors, top1
 

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 from quiesce.cli.commands import main
-from quiesce.pipeline import prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import prepare
 from quiesce.reconstruct.journal import finished_units
 from tiny import Chain, images, recipe
 

@@ -53,7 +53,8 @@ FLOORS = (
     {"precision"},
     {"export", "report"},
     {"quantized"},
-    {"pipeline", ""},
+    {"preparation"},
+    {"pipeline", "analysis", ""},
     {"detection", "weights", "models", "sweep", "demo", "cli", "__main__"},
 )
 PACKAGE = Path(quiesce.__file__).parent

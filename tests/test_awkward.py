@@ -17,7 +17,8 @@ from quiesce.data import Samples
 from quiesce.errors import DataError, ModelError
 from quiesce.evaluate import outputs_of, sqnr_db
 from quiesce.graph.ops import is_weight_op
-from quiesce.pipeline import prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import prepare
 from small_nets import CASES, Clips, Lambda, Maps, Pairs, Returning, conv, nearest, trained
 from tiny import images, recipe
 

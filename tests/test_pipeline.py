@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import quiesce
 from quiesce import Recipe, Result
+from quiesce.analysis import analyze, choose_bits
 from quiesce.data import Samples
 from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
-from quiesce.pipeline import FUSED_STEPS, analyze, choose_bits, prepare, run
+from quiesce.pipeline import FUSED_STEPS, run
+from quiesce.preparation import prepare
 from quiesce.quant import kernels
 from quiesce.quant.fake_quantize import fake_quantizers
 from quiesce.recipe import PRESETS

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import together
 from quiesce.errors import ClusterError, DataError, RecipeError
-from quiesce.pipeline import prepare
+from quiesce.preparation import prepare
 from quiesce.processes import ALONE, Processes, process_group
 from quiesce.reconstruct import optimize as optimizing
 from quiesce.result import Result

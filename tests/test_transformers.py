@@ -17,7 +17,7 @@ from quiesce.errors import ModelError, RecipeError
 from quiesce.export.parity import check_parity
 from quiesce.export.program import as_program
 from quiesce.graph.ops import aten
-from quiesce.pipeline import Prepared, prepare
+from quiesce.preparation import Prepared, prepare
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, fake_quantizers, float_mode
 from quiesce.recipe import Recipe
 from small_nets import Lambda

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from quiesce.graph.capture import interface_of
 from quiesce.memory import Memory
 from quiesce.oscillation.measure import ModuleLoss
-from quiesce.pipeline import Prepared, regularizer_weight
+from quiesce.pipeline import regularizer_weight
+from quiesce.preparation import Prepared
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.loop import Job
 from quiesce.reconstruct.streams import Network

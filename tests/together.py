@@ -23,7 +23,8 @@ from torch import Tensor
 
 from killed import child, wait
 from quiesce.errors import QuiesceError
-from quiesce.pipeline import Prepared, _job, prepare, quantize, run
+from quiesce.pipeline import job_of, quantize, run
+from quiesce.preparation import Prepared, prepare
 from quiesce.processes import Processes
 from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import Drop
@@ -53,7 +54,7 @@ def exact() -> Recipe:
 def problem(processes: Processes, settings: Recipe) -> tuple[Problem, Recipe]:
     """The third block of a network in float64, quantized in front of it, and the recipe of each process."""
     start = prepare(Chain(4).double(), images(32).double(), settings, processes=processes)
-    job = _job(start, settings)
+    job = job_of(start, settings)
     walk, unit = _Walk(job), job.modules[2]
     walk.advance(unit.start)
     return walk._problem(unit), replace(job.recipe, reconstruction=job.reconstruction)
@@ -117,7 +118,7 @@ def calibrated(processes: Processes | None) -> dict[str, Tensor]:
 
 def fisher(start: Prepared) -> float:
     """How far the mean of all processes' Fisher weights, which each has scaled, is from 1."""
-    job = _job(start, recipe("brecq", fisher=True, **WHOLE))
+    job = job_of(start, recipe("brecq", fisher=True, **WHOLE))
     assert job.fisher is not None
     found = [start.processes.gather(rows[: len(rows)].reshape(len(rows), -1)).mean() for rows in job.fisher.values()]
     return max(abs(float(mean) - 1) for mean in found)

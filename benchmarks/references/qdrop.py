@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from emoji1000.networks import trained
 from quiesce import Recipe
 from quiesce.memory import Memory
-from quiesce.pipeline import _job, prepare
+from quiesce.pipeline import job_of
+from quiesce.preparation import prepare
 from quiesce.quant.fake_quantize import restore
 from quiesce.reconstruct.loop import _Walk
 from references import common
@@ -153,7 +154,7 @@ def baseline_seconds(network: nn.Module, images: Tensor, options: argparse.Names
     drop = {"drop_prob": options.drop_prob, "regularizer_weight": options.lam}
     recipe = Recipe.preset("qdrop-fast", **bits, **ranges, **drop, steps=options.steps)
     prepared = prepare(network, images, recipe)
-    walk, seconds = _Walk(_job(prepared, recipe, Memory())), 0.0
+    walk, seconds = _Walk(job_of(prepared, recipe, Memory())), 0.0
     for unit in prepared.modules:
         seconds += sum(time_steps("baseline", walk._problem(unit), recipe, options.lam))
         restore(prepared.graph, prepared.initial)

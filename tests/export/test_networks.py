@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import quiesce
 from quiesce.errors import ModelError
 from quiesce.export.checkpoint import check_storable
-from quiesce.pipeline import prepare
+from quiesce.preparation import prepare
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers, float_mode
 from tiny import images, recipe
 

@@ -15,7 +15,8 @@ from quiesce.data import Samples
 from quiesce.graph.bias import input_quantizer, make_room_for_biases, round_biases
 from quiesce.graph.capture import capture
 from quiesce.graph.ops import WEIGHT_OPS, argument, is_weight_op, weight_node
-from quiesce.pipeline import Prepared, prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import Prepared, prepare
 from quiesce.quant.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, float_mode, snapshot
 from quiesce.quant.functional import round_bias
 from quiesce.recipe import Recipe

@@ -19,7 +19,8 @@ from quiesce.graph.ops import weight_node
 from quiesce.graph.partition import LOOSE_LAYERS, partition
 from quiesce.graph.place import module_stack, weight_layers
 from quiesce.graph.unit import Unit, boundary, compute_nodes
-from quiesce.pipeline import Prepared, prepare, regularizer_weight, run
+from quiesce.pipeline import regularizer_weight, run
+from quiesce.preparation import Prepared, prepare
 from quiesce.progress import Progress
 from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import (

@@ -24,7 +24,7 @@ from contract import (
     hold,
 )
 from quiesce.graph.partition import partition
-from quiesce.pipeline import Prepared, prepare
+from quiesce.preparation import Prepared, prepare
 from quiesce.quant.fake_quantize import WeightFakeQuantize, fake_quantizers
 from quiesce.reconstruct.loop import _Walk
 from run import PAGE, RESULTS, page

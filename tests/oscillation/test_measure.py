@@ -8,7 +8,7 @@ from quiesce.data import Samples
 from quiesce.graph.capture import capture
 from quiesce.graph.partition import partition
 from quiesce.oscillation.measure import ModuleLoss, Oscillation, homogeneous, module_loss, summarize
-from quiesce.pipeline import prepare
+from quiesce.preparation import prepare
 from quiesce.reconstruct.loop import measure_pass
 from tiny import Residual, images, job, recipe
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quiesce.graph.calibrate import calibrate
-from quiesce.pipeline import Prepared, prepare
+from quiesce.preparation import Prepared, prepare
 from quiesce.recipe import LayerOverride
 from quiesce.reconstruct.loop import measure_pass
 from tiny import job, recipe

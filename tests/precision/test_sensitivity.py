@@ -13,8 +13,8 @@ from quiesce import Recipe, measure_sensitivity
 from quiesce.data import Samples
 from quiesce.errors import DataError, ModelError, RecipeError
 from quiesce.graph.place import layers_at_common_bits
-from quiesce.pipeline import _inputs, prepare
 from quiesce.precision.sensitivity import Sensitivity, layer_sensitivities, multiplications
+from quiesce.preparation import inputs_of, prepare
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import fake_quantizers, snapshot
 from quiesce.reconstruct.streams import Network
@@ -115,7 +115,7 @@ def test_nothing_is_changed_and_progress_comes_to_its_end() -> None:
     prepared = prepare(Chain(2), images(16), recipe("nearest"))
     before, calls = snapshot(prepared.graph), list[tuple[str, int, int]]()
     progress = Progress(lambda *a: calls.append(a))
-    held = _inputs(Network(prepared.graph), Samples((images(8, seed=4),)))
+    held = inputs_of(Network(prepared.graph), Samples((images(8, seed=4),)))
     layer_sensitivities(prepared.graph, held, recipe("nearest"), (2, 4), progress)
     assert same_state(snapshot(prepared.graph), before)
     assert all(q.enabled and q.spec.bits in (2, 4, 8) for q in fake_quantizers(prepared.graph).values())

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from quiesce.pipeline import Prepared, prepare
+from quiesce.preparation import Prepared, prepare
 from tiny import Chain, images, recipe
 
 

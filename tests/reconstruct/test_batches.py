@@ -13,7 +13,8 @@ from torch import Tensor
 
 from quiesce.errors import MemoryLimitError
 from quiesce.memory import Memory
-from quiesce.pipeline import Prepared, _job, prepare
+from quiesce.pipeline import job_of
+from quiesce.preparation import Prepared, prepare
 from quiesce.progress import Progress
 from quiesce.quant.draws import Draws
 from quiesce.quant.fake_quantize import Drop, restore, snapshot
@@ -32,7 +33,7 @@ def problem(request: pytest.FixtureRequest, chain: Prepared) -> Problem:
     """A block with Fisher weights, all of its tensors on the device or in files."""
     settings = recipe(fisher=True)
     restore(chain.graph, chain.initial)
-    walk = _Walk(_job(chain, settings, Memory(CPU, request.param)))
+    walk = _Walk(job_of(chain, settings, Memory(CPU, request.param)))
     walk.advance(chain.modules[1].start)
     return walk._problem(chain.modules[1])
 
@@ -54,7 +55,7 @@ def test_batches_are_rows_of_the_problem_asked_for_in_any_order(problem: Problem
 
 
 def test_a_tensor_of_both_streams_is_gathered_once(chain: Prepared) -> None:
-    problem = _Walk(_job(chain, recipe(), Memory(CPU, 0)))._problem(chain.modules[0])
+    problem = _Walk(job_of(chain, recipe(), Memory(CPU, 0)))._problem(chain.modules[0])
     batch = Batch.of(problem, torch.arange(3))
     assert batch.quantized_inputs[0] is batch.float_inputs[0]
 
@@ -82,7 +83,7 @@ def test_gradients_of_parts_add_up_to_the_batch(fisher: bool, micro_batch: int) 
     """In float64, with QDrop's random elements, which depend on the image and not on its neighbours."""
     settings = recipe(fisher=fisher)
     prepared = prepare(Chain(2).double(), images(32).double(), settings)
-    walk = _Walk(_job(prepared, settings, Memory()))
+    walk = _Walk(job_of(prepared, settings, Memory()))
     walk.advance(prepared.modules[1].start)
     problem = walk._problem(prepared.modules[1])
     loss, whole = gradients(problem, settings, 8)
@@ -112,7 +113,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Exception, int], 
 
 def passed(prepared: Prepared, settings: Recipe, progress: Progress | None = None) -> Pass:
     restore(prepared.graph, prepared.initial)
-    return block_pass(_job(prepared, settings, Memory()), progress or Progress())
+    return block_pass(job_of(prepared, settings, Memory()), progress or Progress())
 
 
 ERRORS = (torch.OutOfMemoryError("CUDA out of memory."), MemoryError())
@@ -156,7 +157,8 @@ def test_other_errors_pass(chain: Prepared, failing: Callable[[int, Exception, i
 
 STARVED = """
 import resource, torch
-from quiesce.pipeline import prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import prepare
 from tiny import Chain, images, recipe
 
 settings = recipe(batch_size=64, steps=3, calibration_batch=4)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from quiesce.memory import Memory
-from quiesce.pipeline import Prepared, _job, prepare
+from quiesce.pipeline import job_of
+from quiesce.preparation import Prepared, prepare
 from quiesce.processes import Processes
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore
@@ -30,7 +31,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 def walked(prepared: Prepared, settings: Recipe, memory: Memory, **job: object) -> Pass:
     restore(prepared.graph, prepared.initial)
-    return block_pass(replace(_job(prepared, settings, memory), **job), Progress())  # type: ignore[arg-type]
+    return block_pass(replace(job_of(prepared, settings, memory), **job), Progress())  # type: ignore[arg-type]
 
 
 def launched(done: Pass) -> set[str | None]:
@@ -108,7 +109,7 @@ def test_a_run_on_a_gpu_is_repeated_bit_for_bit() -> None:
 def problem_of(device: torch.device, settings: Recipe) -> Problem:
     """The second of a network's modules."""
     prepared = prepare(Chain(2).to(device), images(32), settings)
-    walk = _Walk(_job(prepared, settings, Memory(device)))
+    walk = _Walk(job_of(prepared, settings, Memory(device)))
     walk.advance(prepared.modules[0].stop)
     return walk._problem(prepared.modules[1])
 
@@ -267,7 +268,7 @@ def test_obstacles_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_copy_of_a_batch_keeps_what_is_one_tensor_and_takes_over_values() -> None:
     settings = recipe()
     prepared = prepare(Chain(2), images(32), settings)
-    problem = _Walk(_job(prepared, settings, Memory()))._problem(prepared.modules[0])
+    problem = _Walk(job_of(prepared, settings, Memory()))._problem(prepared.modules[0])
     one, other = (Batch.of(problem, torch.arange(first, first + 4)) for first in (0, 8))
     copy = one.map(torch.clone)
     assert copy.quantized_inputs[0] is copy.float_inputs[0]

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from quiesce.errors import RecipeError
-from quiesce.pipeline import Prepared, run
+from quiesce.pipeline import run
+from quiesce.preparation import Prepared
 from quiesce.progress import Progress
 from quiesce.recipe import GranularityRecipe, Recipe, ReconstructionRecipe
 from quiesce.reconstruct.granular import (

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quiesce.pipeline import Prepared, prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import Prepared, prepare
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore
 from quiesce.recipe import LayerOverride, Recipe

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import quiesce.pipeline
 from quiesce.errors import OutputError
-from quiesce.pipeline import Prepared, prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import Prepared, prepare
 from quiesce.recipe import Recipe
 from quiesce.reconstruct.journal import digest_of, discard, finished_units, open_journal
 from quiesce.reconstruct.loop import Pass

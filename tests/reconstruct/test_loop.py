@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from quiesce.graph.partition import partition
-from quiesce.pipeline import Prepared, prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import Prepared, prepare
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import fake_quantizers, restore
 from quiesce.reconstruct.batches import Problem

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from quiesce.errors import ModelError
 from quiesce.graph.unit import boundary
-from quiesce.pipeline import Prepared, prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import Prepared, prepare
 from quiesce.reconstruct.losses import fisher_weights, squared_error, weighted_squared_error
 from quiesce.reconstruct.streams import Network
 from tiny import Chain, images, recipe

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from quiesce.errors import ModelError
 from quiesce.graph.unit import boundary, extract
-from quiesce.pipeline import Prepared
+from quiesce.preparation import Prepared
 from quiesce.quant.fake_quantize import (
     ActivationFakeQuantize,
     WeightFakeQuantize,

@@ -11,7 +11,8 @@ import torch
 from quiesce.errors import MemoryLimitError
 from quiesce.graph.partition import partition
 from quiesce.memory import Memory
-from quiesce.pipeline import Prepared, _job, prepare, run
+from quiesce.pipeline import job_of, run
+from quiesce.preparation import Prepared, prepare
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore
 from quiesce.reconstruct.granular import block_pass, merged_pass
@@ -59,7 +60,7 @@ def test_results_are_the_same_bit_for_bit_wherever_streams_are(name: str, stream
     for budget in budgets:
         restore(prepared.graph, prepared.initial)
         memory = Memory(CPU, budget, narrow=stream_dtype == "bf16")
-        done = make(_job(prepared, chosen, memory))
+        done = make(job_of(prepared, chosen, memory))
         found[budget] = (done.state, absolute(done.losses), [r.loss_curve for r in done.records])
         assert (memory.most["file"] > 0) is (budget is not None)
         assert memory.held == dict.fromkeys(memory.held, 0) or name == "Fisher"
@@ -111,7 +112,8 @@ def test_the_plan_is_what_a_walk_does(budget: int | None) -> None:
 BUDGETED = """
 import sys, torch
 from quiesce.memory import Peak
-from quiesce.pipeline import prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import prepare
 from tiny import Chain, images, recipe
 
 prepare(Chain(1), images(8), recipe())  # what torch loads when it is first used is no part of the run
@@ -170,7 +172,7 @@ def test_places_beside_a_gpu_give_the_same_bits() -> None:
         "file": Memory(device, 0, 0),
     }.items():
         restore(prepared.graph, prepared.initial)
-        done = block(_job(prepared, chosen, memory))
+        done = block(job_of(prepared, chosen, memory))
         found[place] = done.state
         assert memory.most[place] > 0
     assert same_state(found["device"], found["host"]) and same_state(found["device"], found["file"])

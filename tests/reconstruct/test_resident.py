@@ -8,7 +8,8 @@ import torch
 
 from quiesce.errors import MemoryLimitError
 from quiesce.memory import Memory, Stored, parse_bytes
-from quiesce.pipeline import Prepared, _job, prepare
+from quiesce.pipeline import job_of
+from quiesce.preparation import Prepared, prepare
 from quiesce.progress import Progress
 from quiesce.quant.fake_quantize import restore, snapshot
 from quiesce.recipe import Recipe
@@ -27,7 +28,7 @@ def problem(chain: Prepared) -> Problem:
     """A block with Fisher weights, all of its tensors in files."""
     settings = recipe(fisher=True)
     restore(chain.graph, chain.initial)
-    walk = _Walk(_job(chain, settings, Memory(CPU, 0)))
+    walk = _Walk(job_of(chain, settings, Memory(CPU, 0)))
     walk.advance(chain.modules[1].start)
     return replace(walk._problem(chain.modules[1]), first=100)
 

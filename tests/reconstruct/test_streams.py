@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quiesce.graph.partition import partition
-from quiesce.pipeline import Prepared, prepare
+from quiesce.preparation import Prepared, prepare
 from quiesce.reconstruct.streams import Network, Streams
 from tiny import Chain, images, recipe
 

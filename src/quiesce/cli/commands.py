@@ -364,10 +364,10 @@ def analyze(
     import torch
 
     from quiesce import measure_sensitivity
+    from quiesce.analysis import analyze as analyze_model
     from quiesce.data import Samples, load_data
     from quiesce.models import RANDOM, load_model
     from quiesce.outputs import check_new, write_text
-    from quiesce.pipeline import analyze as analyze_model
     from quiesce.preprocess import override
     from quiesce.report.plots import sensitivities
 

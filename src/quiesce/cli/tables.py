@@ -9,10 +9,10 @@ from rich.table import Table
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from quiesce.analysis import Analysis
     from quiesce.evaluate import Metrics
     from quiesce.export.inspect import Inventory
     from quiesce.export.parity import Parity
-    from quiesce.pipeline import Analysis
     from quiesce.precision.assignment import MixedPrecision
     from quiesce.precision.sensitivity import Sensitivity
     from quiesce.result import Result, Run

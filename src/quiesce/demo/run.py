@@ -15,7 +15,8 @@ from quiesce.evaluate import compare, outputs_of
 from quiesce.export.export import require
 from quiesce.export.parity import OnnxSession
 from quiesce.outputs import EXPORT_NAME
-from quiesce.pipeline import prepare, run
+from quiesce.pipeline import run
+from quiesce.preparation import prepare
 from quiesce.progress import ProgressCallback
 from quiesce.quantized import QuantizedModel
 from quiesce.recipe import Recipe
