@@ -121,12 +121,12 @@ def amounts(rows: Sequence[Row]) -> dict[tuple[int, int], dict[str | None, list[
 def draw_amounts(figure: Figure, rows: Sequence[Row]) -> None:
     """Draw top-1 over the calibration images at batches of 32, and over the batch."""
     found, panels = amounts(rows), figure.subplots(1, 2, sharey=True)
-    for method in ("block", "loss-descent"):
+    for colour, method in (("C0", "block"), ("C1", "loss-descent")):
         by_images = {images: own[method] for (images, batch), own in found.items() if batch == 32 and method in own}
-        draw_curve(panels[0], by_images, method, "o-")
+        draw_curve(panels[0], by_images, method, f"{colour}o-")
         for images, style in ((1024, "o-"), (4096, "s--")):
             by_batch = {batch: own[method] for (n, batch), own in found.items() if n == images and method in own}
-            draw_curve(panels[1], by_batch, f"{method}, {images:,} images", style)
+            draw_curve(panels[1], by_batch, f"{method}, {images:,} images", colour + style)
     panels[0].set_xlabel("calibration images (batches of 32)")
     panels[1].set_xlabel("images in a batch")
     panels[0].set_ylabel("top-1 %")
