@@ -17,11 +17,7 @@ from quiesce.graph.attention import split_attention
 from quiesce.graph.backends import BACKENDS
 from quiesce.graph.fold import fold
 from quiesce.graph.partition import partition
-from quiesce.graph.place import (
-    annotate,
-    insert,
-    layers_at_common_bits,
-)
+from quiesce.graph.place import annotate, insert, layers_at_common_bits
 from quiesce.oscillation.capacity import modcap
 from quiesce.precision.assignment import Budget, MixedPrecision, mixed_precision
 from quiesce.precision.sensitivity import Sensitivity, layer_sensitivities
@@ -87,12 +83,12 @@ def measure_sensitivity(
     """Measure how much error quantizing each weight layer alone, to nearest, causes at the network's outputs.
 
     Args:
-        model: as for :func:`quantize`.
+        model: as for :func:`quiesce.quantize`.
         calibration: likewise. The last ``holdout`` of the images, a share, are what errors are measured on; ranges are
             taken from the others.
         recipe: what is quantized to how many bits; its reconstruction has no part in it.
         bits: 2 to 8; the weight alone is measured at each of them, besides at the bits that the recipe gives it.
-        device: as for :func:`quantize`.
+        device: as for :func:`quiesce.quantize`.
         progress: called as ``progress(layer, trials_done, trials_planned)``.
 
     Raises:
@@ -117,7 +113,7 @@ def choose_bits(
     """Choose the weight bits of each layer from its sensitivity: least error within a budget, exactly.
 
     The first and the last layer, and those with ``weight_bits`` in an override of ``recipe``, keep their bits. The
-    recipe that is returned has an override for every quantized layer: :func:`quantize` takes it as any other.
+    recipe that is returned has an override for every quantized layer: :func:`quiesce.quantize` takes it as any other.
 
     Args:
         model: as for :func:`measure_sensitivity`, and so are ``calibration``, ``recipe``, ``holdout``, ``device``,

@@ -21,13 +21,7 @@ from quiesce.graph.capture import LARGEST_CLIP, capture, images_together, interf
 from quiesce.graph.fold import LeftBatchNorm, fold
 from quiesce.graph.layer_norm import LeftLayerNorm, reparameterize
 from quiesce.graph.partition import partition
-from quiesce.graph.place import (
-    annotate,
-    end_grids_at_bounds,
-    float_layers,
-    insert,
-    never_quantized_layers,
-)
+from quiesce.graph.place import annotate, end_grids_at_bounds, float_layers, insert, never_quantized_layers
 from quiesce.graph.rewrite import device_of, follow_tensors
 from quiesce.graph.unit import Unit, reach
 from quiesce.memory import SPARE, Memory, Rows, Stored, free_memory, parse_bytes
@@ -108,7 +102,7 @@ def prepare(
     """Do everything up to reconstruction: capture, fold, place, calibrate, partition.
 
     ``holdout`` calibration images, the last ones (of each process's share), are kept from optimization; None asks the
-    recipe's guard. ``processes`` are as for :func:`quantize`.
+    recipe's guard. ``processes`` are as for :func:`quiesce.quantize`.
     """
     began = time.perf_counter()
     processes = processes or ALONE

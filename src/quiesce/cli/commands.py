@@ -390,7 +390,7 @@ def analyze(
     analysis = analyze_model(loaded.model, example, chosen)
     numbers = asdict(analysis)
     show(analysis_table(analysis, loaded.name))
-    _print_float_layers(analysis.float_layers)
+    _show_float_layers(analysis.float_layers)
     if samples is not None:
         with progress_bar() as progress:
             found = measure_sensitivity(
@@ -529,12 +529,12 @@ def _stored_preprocessing(quantized: QuantizedModel) -> Preprocessing | None:
 
 def _show_results(result: Result, out: Path) -> None:
     show(results_table(result))
-    _print_float_layers(result.float_layers)
+    _show_float_layers(result.float_layers)
     for path in sorted(out.iterdir()):
         show(str(path))
 
 
-def _print_float_layers(layers: dict[str, str]) -> None:
+def _show_float_layers(layers: dict[str, str]) -> None:
     for reason in dict.fromkeys(layers.values()):
         names = [name for name, why in layers.items() if why == reason]
         counted = "1 weight layer is" if len(names) == 1 else f"{len(names)} weight layers are"
