@@ -59,6 +59,8 @@ BASES = ("brecq-fast", "qdrop-fast")
 DROPPED = "loss-descent, overlap 1, drop 0.25"
 BEST = ("brecq-fast", f"{DROPPED}, push 3")
 """What the preset ``best-fast`` is; ``DROPPED`` is only a step on the way."""
+WIDER = "loss-descent, overlap 2, drop 0.25, push 3"
+"""``best-fast`` with a module more behind each unit."""
 BASE_OF_BEST = ("qdrop-fast", "block")
 EASY = ("quick",)
 EVIDENCE = (
@@ -75,6 +77,7 @@ MERGED = (
     "loss-descent, overlap 1",
     DROPPED,
     BEST[1],
+    WIDER,
 )
 """Granularities beside blocks."""
 RESULTS = Path(__file__).parent / "results"
