@@ -57,10 +57,10 @@ FOLLOWING = "reconstruction.weight_step_size_lr"
 """Not listed: it goes with the rounding."""
 BASES = ("brecq-fast", "qdrop-fast")
 DROPPED = "loss-descent, overlap 1, drop 0.25"
-BEST = ("brecq-fast", f"{DROPPED}, push 3")
-"""What the preset ``best-fast`` is; ``DROPPED`` is only a step on the way."""
-WIDER = "loss-descent, overlap 2, drop 0.25, push 3"
-"""``best-fast`` with a module more behind each unit."""
+"""Only a step on the way to ``best-fast``."""
+NARROW, WIDE = (f"loss-descent, overlap {overlap}, drop 0.25, push 3" for overlap in (1, 2))
+"""``best-fast``: for networks without depthwise convolutions, and with them."""
+WITHOUT_DEPTHWISE = ("ResNet-18", "RegNetX-600MF")
 BASE_OF_BEST = ("qdrop-fast", "block")
 EASY = ("quick",)
 EVIDENCE = (
@@ -68,17 +68,8 @@ EVIDENCE = (
     *("emoji_mobilenetv2_035", "emoji_mobilenetv2_075", "emoji_mobilenetv2_100"),
 )
 """Tables of the README's table."""
-MERGED = (
-    "modcap",
-    "loss",
-    "loss-descent",
-    "scheme",
-    "block, overlap 1",
-    "loss-descent, overlap 1",
-    DROPPED,
-    BEST[1],
-    WIDER,
-)
+PLAINLY_MERGED = ("modcap", "loss", "loss-descent", "scheme", "block, overlap 1", "loss-descent, overlap 1")
+MERGED = (*PLAINLY_MERGED, DROPPED, NARROW, WIDE)
 """Granularities beside blocks."""
 RESULTS = Path(__file__).parent / "results"
 REFERENCES = RESULTS / "reference_codes.json"
@@ -140,9 +131,14 @@ def generated(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) ->
     return parts | {name: f"{text}\n\n{parts[name]}".rstrip() for name, text in covered.items()}
 
 
+def best_of(network: str) -> tuple[str, str]:
+    """Return what the preset ``best-fast`` is on a network."""
+    return "brecq-fast", NARROW if network in WITHOUT_DEPTHWISE else WIDE
+
+
 def best_rows(rows: Sequence[Row]) -> list[Row]:
     """Return the rows of `best` at W2A4."""
-    return [row for row in rows if key_of(row["cell"]) == ("W2A4", *BEST)]
+    return [row for row in rows if key_of(row["cell"]) == ("W2A4", *best_of(row["cell"]["network"]["label"]))]
 
 
 def amounts_rows(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -157,14 +153,14 @@ def readme(rows: Mapping[str, Sequence[Row]]) -> str:
 def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
     """Return top-1 of the methods in their usual granularity, a line for each network and bits that `best` has run."""
     usual: dict[str, str | None] = {"nearest": None, "adaround-fast": "layer", **dict.fromkeys(BASES, "block")}
-    methods = {preset: (preset, granularity) for preset, granularity in usual.items()} | {"best-fast": BEST}
-    lines = [header(["Network", "W/A", "Float", *[f"`{name}`" for name in methods]], left=2)]
+    lines = [header(["Network", "W/A", "Float", *[f"`{name}`" for name in (*usual, "best-fast")]], left=2)]
     for own in (rows[table] for table in EVIDENCE):
         done = by_method(own)
+        label, float_top1 = own[0]["cell"]["network"]["label"], f"{own[0]['float_top1']:.2f}"
         for bits in ("W2A4", "W3A3", "W2A2"):
-            found = [spread(list(top1(done.get((bits, *method), {})).values())) for method in methods.values()]
+            methods = [*usual.items(), best_of(label)]
+            found = [spread(list(top1(done.get((bits, *method), {})).values())) for method in methods]
             if found[-1]:
-                label, float_top1 = own[0]["cell"]["network"]["label"], f"{own[0]['float_top1']:.2f}"
                 lines.append(line([label, bits, float_top1, *found]))
     return "\n".join(lines)
 
@@ -246,7 +242,8 @@ def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
         seconds = [row["measured"]["seconds"] for row in own_rows]
         shown = f"{statistics.fmean(seconds):.0f}" if seconds else ""
         values = [spread(list(top1(own).values())) for own in cells]
-        names = ("`best-fast`", "") if (preset, granularity) == BEST else (f"`{preset}`", granularity or "–")
+        best = (preset, granularity) == best_of(sweep.cells[0].network.label)
+        names = ("`best-fast`", "") if best else (f"`{preset}`", granularity or "–")
         lines.append(line([*names, *values, shown]))
     return "\n".join(lines)
 
@@ -266,16 +263,16 @@ def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
     """Return what each granularity, and ``best``, adds to its base: points of top-1, and the share of the drop."""
     done = by_method(rows)
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
-    methods = methods_of(sweep)
+    best = best_of(sweep.cells[0].network.label)
+    others = {*PLAINLY_MERGED, best[1]}
+    merged = [((preset, "block"), (preset, own)) for preset, own in methods_of(sweep) if own in others]
     lines = [header(["Base", "With", *columns], left=2)]
-    others = [granularity for granularity in MERGED if granularity != DROPPED]
-    merged = [(preset, "block", (preset, granularity)) for preset, granularity in methods if granularity in others]
-    for preset, plain, other in [*merged, (*BASE_OF_BEST, BEST)]:
+    for base_method, other in [*merged, (BASE_OF_BEST, best)]:
         shown = []
         for bits in columns:
-            base, better = (top1(done.get((bits, *method), {})) for method in ((preset, plain), other))
+            base, better = (top1(done.get((bits, *method), {})) for method in (base_method, other))
             shown.append(gain(base, better, rows[0]["float_top1"] if rows else math.nan))
-        lines.append(line([f"`{preset}`", "`best-fast`" if other == BEST else other[1], *shown]))
+        lines.append(line([f"`{base_method[0]}`", "`best-fast`" if other == best else other[1], *shown]))
     return "\n".join(lines)
 
 
@@ -328,12 +325,12 @@ def list_table(rows: Sequence[Row]) -> str:
 
 def full_table(rows: Sequence[Row], reduced: Sequence[Row]) -> str:
     """Return top-1 at the presets' own steps, beside that of the same seed in the tables of few steps."""
-    reduced_of = {"qdrop": BASE_OF_BEST, "brecq": ("brecq-fast", "block"), "best": BEST}
+    reduced_of = {"qdrop": BASE_OF_BEST, "brecq": ("brecq-fast", "block")}
     few = {place_of(row): row for row in reduced}
     lines = [header(["Network", "W/A", "Method", "200 steps", "20,000 steps", "Gain"], left=3)]
     for row in sorted(rows, key=place_of):
         network, (bits, preset, _), seed = place_of(row)
-        beside = few.get((network, (bits, *reduced_of[preset]), seed))
+        beside = few.get((network, (bits, *reduced_of.get(preset, best_of(network))), seed))
         found = row["measured"]["top1"]
         few_steps = None if beside is None else beside["measured"]["top1"]
         values = ("", "") if few_steps is None else (f"{few_steps:.2f}", signed(found - few_steps))
@@ -377,18 +374,20 @@ def draw_convergence(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def draw_losses(figure: Figure, rows: Sequence[Row], bits: str) -> None:
-    """Draw relative losses over modules, mean over seeds: the two bases, each with its granularities."""
+    """Draw relative losses over modules, mean over seeds: the two bases, each with its granularities, and ``best``."""
     done = by_method(rows)
     panels = figure.subplots(1, len(BASES), sharey=True)
+    best = {best_of(row["cell"]["network"]["label"]) for row in rows}
     for axes, preset in zip(panels, BASES, strict=True):
-        for granularity in ("block", *MERGED):
-            own = done.get((bits, preset, granularity))
+        shown = {(preset, granularity): granularity for granularity in ("block", *PLAINLY_MERGED)}
+        for method, label in (shown | {method: "best-fast" for method in best if method[0] == preset}).items():
+            own = done.get((bits, *method))
             if own:
-                draw_curve(axes, [row["measured"]["relative_losses"] for row in own.values()], granularity)
+                draw_curve(axes, [row["measured"]["relative_losses"] for row in own.values()], label)
         axes.set_title(f"{preset}, {bits}", fontsize=10)
     panels[0].set_ylabel("module loss / E‖f‖²")
     if panels[0].lines:
-        panels[0].legend(frameon=False)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
 
 
 def draw_curve(axes: Axes, losses: Sequence[Mapping[str, float]], label: str) -> None:

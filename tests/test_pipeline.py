@@ -19,7 +19,7 @@ from quiesce import Recipe, Result
 from quiesce.analysis import analyze, choose_bits
 from quiesce.data import Samples
 from quiesce.errors import DataError, ModelError, QuiesceError, RecipeError
-from quiesce.pipeline import FUSED_STEPS, run
+from quiesce.pipeline import FUSED_STEPS, job_of, run
 from quiesce.preparation import prepare
 from quiesce.quant import kernels
 from quiesce.quant.fake_quantize import fake_quantizers
@@ -442,3 +442,13 @@ def test_compiled_kernels_give_a_network_as_good() -> None:
     assert fused.kernels == "fused"
     assert fused.final_loss == pytest.approx(eager.final_loss, rel=0.3)
     assert all(torch.equal(made[True][1].state[n], t) for n, t in again[1].state.items())
+
+
+@pytest.mark.parametrize(("groups", "overlap", "weight"), [(1, 1, 0.01), (2, 1, 0.01), (8, 2, 0.1)])
+def test_what_is_left_to_it_goes_by_depthwise_convolutions(groups: int, overlap: int, weight: float) -> None:
+    """λ and the overlap differ for networks with them; settings that are given hold for all."""
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=groups), nn.Flatten(), nn.Linear(128, 10)
+    auto, told = recipe(overlap="auto"), recipe(overlap=3, regularizer_weight=0.5)
+    prepared = prepare(nn.Sequential(*layers).eval(), X, auto)
+    found = [job_of(prepared, settings) for settings in (auto, told, recipe())]
+    assert [(job.overlap, job.regularizer_weight) for job in found] == [(overlap, weight), (3, 0.5), (0, weight)]

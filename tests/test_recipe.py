@@ -330,6 +330,7 @@ class TestToml:
             name=text,
             activation_bits=bits,
             activation_second_layer_bits=bits,
+            overlap=bits,
             lam=lam,
             rounding_lr=rate,
             granularity="scheme",

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from quiesce.errors import ModelError
 from quiesce.evaluate import Metrics, compare
-from quiesce.graph.ops import hyperparameters, is_weight_op, weight_node
+from quiesce.graph.ops import has_depthwise
 from quiesce.graph.partition import partition
 from quiesce.graph.unit import boundary
 from quiesce.memory import Memory, Peak
@@ -237,7 +237,7 @@ def job_of(prepared: Prepared, recipe: Recipe, memory: Memory | None = None, fus
         fisher=fisher,
         kernels=chosen,
         first=processes.place(len(prepared.samples))[0],
-        overlap=overlap_of(recipe),
+        overlap=overlap_of(prepared.graph, recipe),
     )
 
 
@@ -285,9 +285,7 @@ def regularizer_weight(graph: fx.GraphModule, recipe: Recipe) -> float | None:
         return recipe.reconstruction.regularizer_weight
     if recipe.reconstruction.relative_regularizer is not None:
         return None
-    layers = [n for n in graph.graph.nodes if is_weight_op(n)]
-    depthwise = any(hyperparameters(n, weight_node(n).meta["val"].shape).depthwise for n in layers)
-    return 0.1 if depthwise else 0.01
+    return 0.1 if has_depthwise(graph) else 0.01
 
 
 def _report(prepared: Prepared, recipe: Recipe, done: Pass, seconds: float) -> Run:

@@ -20,6 +20,7 @@ from quiesce.graph.calibrate import calibrate
 from quiesce.graph.capture import LARGEST_CLIP, capture, images_together, interface_of
 from quiesce.graph.fold import LeftBatchNorm, fold
 from quiesce.graph.layer_norm import LeftLayerNorm, reparameterize
+from quiesce.graph.ops import has_depthwise
 from quiesce.graph.partition import partition
 from quiesce.graph.place import annotate, end_grids_at_bounds, float_layers, insert, never_quantized_layers
 from quiesce.graph.rewrite import device_of, follow_tensors
@@ -277,13 +278,18 @@ def _check_memory(
 ) -> None:
     """Raise what a walk over the modules would raise for lack of memory, before anything slow is done."""
     network = Network(graph, memory_of(graph, device, budget, recipe, processes))
-    units = (reach(module, modules, overlap_of(recipe)) for module in modules)
+    overlap = overlap_of(graph, recipe)
+    units = (reach(module, modules, overlap) for module in modules)
     reserve(network, units, Sizes.of(recipe, together))
 
 
-def overlap_of(recipe: Recipe) -> int:
+def overlap_of(graph: fx.GraphModule, recipe: Recipe) -> int:
     """Return how many modules behind a unit are optimized along with it."""
-    return 0 if recipe.granularity is None else recipe.granularity.overlap
+    if recipe.granularity is None:
+        return 0
+    if recipe.granularity.overlap is not None:
+        return recipe.granularity.overlap
+    return 2 if has_depthwise(graph) else 1
 
 
 def as_bytes(memory: int | str | None) -> int | None:

@@ -196,9 +196,10 @@ class GranularityRecipe:
     """Give a merged unit the steps of all its modules; False gives it those of one unit."""
     warm_start: bool = True
     """Start a merged unit from the rounding and step sizes of the block pass, where there is one."""
-    overlap: int = 0
+    overlap: int | None = 0
     """Modules (method layer: layers) behind each unit that are optimized along with it, and then again in units of
-    their own. Merges are decided without."""
+    their own; None (in TOML: ``overlap = "auto"``) is 2 for networks with depthwise convolutions, whose modules are
+    small, and 1 for others. Merges are decided without."""
     measuring: float = 0.1
     """Share of the steps, but at least 20, that passes get which only decide what is merged; 1 decides by full ones."""
 
@@ -211,7 +212,7 @@ class GranularityRecipe:
         _check(self.max_modules >= 1, f"granularity.max_modules is {self.max_modules}; give 1 or more.")
         _check(0 <= self.tolerance < 1, f"granularity.tolerance is {self.tolerance}; give a value in [0, 1).")
         _check(0 < self.holdout < 0.9, f"granularity.holdout is {self.holdout}; give a share in (0, 0.9).")
-        _check(self.overlap >= 0, f"granularity.overlap is {self.overlap}; give 0 or more.")
+        _check(self.overlap is None or self.overlap >= 0, f"granularity.overlap is {self.overlap}; give 0 or more.")
         _check(0 < self.measuring <= 1, f"granularity.measuring is {self.measuring}; give a share in (0, 1].")
         needs = self.method == "scheme"
         _check(needs == (self.scheme is not None), "granularity.scheme goes with method 'scheme', and only with it.")
@@ -422,7 +423,7 @@ _SECTIONS: dict[str, type] = {
     "reconstruction": ReconstructionRecipe,
 }
 # None in a nullable setting, as it is written in TOML, which has no null.
-_NULL_WORDS = {("activations", "bits"): "float"}
+_NULL_WORDS = {("activations", "bits"): "float", ("granularity", "overlap"): "auto"}
 
 
 def _demanded(backend: Any) -> dict[str, Any]:
@@ -564,7 +565,7 @@ _ADAROUND = Recipe(
 _BRECQ = Recipe()
 _QDROP = Recipe(reconstruction=ReconstructionRecipe(drop_prob=0.5))
 _BEST = Recipe(
-    granularity=GranularityRecipe(method="loss-descent", overlap=1),
+    granularity=GranularityRecipe(method="loss-descent", overlap=None),
     reconstruction=ReconstructionRecipe(relative_regularizer=_DECISIVE, drop_prob=0.25, decision_push=3.0),
 )
 

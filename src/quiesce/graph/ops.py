@@ -124,6 +124,12 @@ def hyperparameters(node: fx.Node, weight_shape: torch.Size) -> Hyperparameters:
     return Hyperparameters(op.name, stride, dilation, depthwise, 1 if depthwise else groups)
 
 
+def has_depthwise(graph: fx.GraphModule) -> bool:
+    """Return whether a layer of ``graph`` is a depthwise convolution."""
+    layers = [n for n in graph.graph.nodes if is_weight_op(n)]
+    return any(hyperparameters(n, weight_node(n).meta["val"].shape).depthwise for n in layers)
+
+
 def groups_of(node: fx.Node) -> int:
     """Return a convolution's number of groups, 1 for linear."""
     position = WEIGHT_OPS[node.target].groups_position  # type: ignore[index]
