@@ -27,6 +27,7 @@ AXES: dict[str, list[Any]] = {
     "seed": [0, 1, 7],
     "drop_prob": [0.0, 0.25],
     "granularity.k": [1, 2],
+    "overlap": ["auto", 0],
     "leave_float": ["head", "type:linear"],
 }
 
@@ -93,6 +94,11 @@ class TestGrid:
             ("W4A4", "qdrop / block, drop_prob = 0.5"),
             ("W4A4", "qdrop / block, drop_prob = 0.25"),
         ]
+
+    def test_a_setting_that_one_grid_leaves_out_tells_them_apart(self, tmp_path: Path) -> None:
+        grids = {"preset": ["nearest", "brecq"]}, {"preset": "brecq", "granularity": "loss", "k": 2}
+        sweep = sweep_of(tmp_path, *[table("[[grid]]", given) for given in (*grids, {"granularity": "loss"})])
+        assert [c.method for c in sweep.cells] == ["nearest", "brecq / block", "brecq / loss, k = 2", "best / loss"]
 
     def test_tables_are_settings_too(self, tmp_path: Path) -> None:
         recipe = "[recipe]\nsteps = 7\n[recipe.weights]\nsymmetric = true\n"

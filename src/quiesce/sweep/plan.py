@@ -312,9 +312,21 @@ def _bits(text: Any) -> dict[str, Any]:
 
 
 def _axes(recipes: Sequence[Recipe], keys: Mapping[str, None]) -> list[str]:
-    """Return the settings of the grids that have no column of their own and that tell recipes apart."""
+    """Return the settings of the grids that have no column of their own and that tell recipes apart.
+
+    A recipe that lacks the section of a setting is not told apart by it.
+    """
     others = [key for key in keys if key not in _COLUMNS]
-    return [k for k in others if k == "leave_float" or len({_shown(_value(r, k, {})) for r in recipes} - {"–"}) > 1]
+    return [
+        key
+        for key in others
+        if key == "leave_float" or len({_shown(_value(r, key, {})) for r in recipes if _has(r, key)}) > 1
+    ]
+
+
+def _has(recipe: Recipe, key: str) -> bool:
+    section, _ = locate(key)
+    return not section or getattr(recipe, section) is not None
 
 
 def _value(recipe: Recipe, key: str, point: Mapping[str, Any]) -> Any:
