@@ -323,7 +323,8 @@ def test_files_for_tensorrt_hold_nothing_but_pairs_of_quantizers(tmp_path: Path)
     zero_points = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("zero_point")]
     assert zero_points and all(z.dtype == np.int8 and not z.any() for z in zero_points)
     found = parity(network, export.path)
-    assert found.sqnr_db is not None and found.sqnr_db > 30  # ONNX Runtime rounds its biases
+    # ONNX Runtime rounds its biases, which on some processors changes no output.
+    assert found.largest_difference == 0 or (found.sqnr_db is not None and found.sqnr_db > 30)
 
 
 def operators_run(path: Path, folder: Path) -> Counter[str]:

@@ -28,8 +28,8 @@ def equal(a: Any, b: Any) -> bool:
     return nest_a == nest_b and all(same)
 
 
-ROUNDED_OTHERWISE = {"gru", "rnn"}
-"""Recurrent layers, whose last bits depend on how their tensors lie in memory."""
+ROUNDED_OTHERWISE = {"gru", "rnn", "rnn with relu", "states of an lstm"}
+"""Recurrent layers, whose last bits depend on how their tensors lie in memory, on some processors."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -42,7 +42,7 @@ def test_the_float_output_is_exactly_unchanged_at_any_batch_size(name: str) -> N
             expected = net(*copy.deepcopy(samples.args), **copy.deepcopy(samples.kwargs))
             found = graph(*samples.args, **samples.kwargs)
         if name in ROUNDED_OTHERWISE:
-            assert torch.allclose(found, expected, rtol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         else:
             assert equal(found, expected), f"batch of {count}"
 
