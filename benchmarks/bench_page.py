@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ BASES = ("brecq-fast", "qdrop-fast")
 DROPPED = "loss-descent, overlap 1, drop 0.25"
 """Only a step on the way to ``best-fast``."""
 NARROW, WIDE = (f"loss-descent, overlap {overlap}, drop 0.25, push 3" for overlap in (1, 2))
-"""``best-fast``: for networks without depthwise convolutions, and with them."""
+"""``best-fast``: for networks without depthwise convolutions, and with them (the preset's ``overlap = "auto"``)."""
 WITHOUT_DEPTHWISE = ("ResNet-18", "RegNetX-600MF")
 BASE_OF_BEST = ("qdrop-fast", "block")
 EASY = ("quick",)
@@ -118,7 +118,7 @@ def generated(rows: Mapping[str, Sequence[Row]], tables: Mapping[str, Sweep]) ->
         "granularities": granularities_table(rows["granularities"], rows[STUDIED]),
         "images": "",
         "batches": amounts_table(amounts_rows(rows)),
-        "references": references_table(read_rows(REFERENCES), rows["references"], best_rows(rows[STUDIED])),
+        "references": references_table(read_rows(REFERENCES), rows["references"], best_rows(rows[STUDIED], "W2A4")),
         "full": full_table(rows["full"], [row for name in (*EASY, *EVIDENCE) for row in rows[name]]),
         "ranking": ranking_table([rows[name] for name in EVIDENCE]),
         "lites": lites_table(),
@@ -136,9 +136,9 @@ def best_of(network: str) -> tuple[str, str]:
     return "brecq-fast", NARROW if network in WITHOUT_DEPTHWISE else WIDE
 
 
-def best_rows(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of `best` at W2A4."""
-    return [row for row in rows if key_of(row["cell"]) == ("W2A4", *best_of(row["cell"]["network"]["label"]))]
+def best_rows(rows: Sequence[Row], bits: str) -> list[Row]:
+    """Return the rows of `best` at ``bits``."""
+    return [row for row in rows if key_of(row["cell"]) == (bits, *best_of(row["cell"]["network"]["label"]))]
 
 
 def amounts_rows(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -154,11 +154,11 @@ def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
     """Return top-1 of the methods in their usual granularity, a line for each network and bits that `best` has run."""
     usual: dict[str, str | None] = {"nearest": None, "adaround-fast": "layer", **dict.fromkeys(BASES, "block")}
     lines = [header(["Network", "W/A", "Float", *[f"`{name}`" for name in (*usual, "best-fast")]], left=2)]
-    for own in (rows[table] for table in EVIDENCE):
+    for own in (rows[table] for table in EVIDENCE if rows[table]):
         done = by_method(own)
         label, float_top1 = own[0]["cell"]["network"]["label"], f"{own[0]['float_top1']:.2f}"
+        methods = [*usual.items(), best_of(label)]
         for bits in ("W2A4", "W3A3", "W2A2"):
-            methods = [*usual.items(), best_of(label)]
             found = [spread(list(top1(done.get((bits, *method), {})).values())) for method in methods]
             if found[-1]:
                 lines.append(line([label, bits, float_top1, *found]))
@@ -234,7 +234,7 @@ def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
     """Return top-1, mean and standard deviation over seeds, by method and bits."""
     done = by_method(rows)
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
-    methods = methods_of(sweep)
+    methods, best = methods_of(sweep), best_of(sweep.cells[0].network.label)
     lines = [header(["Method", "Granularity", *columns, "Seconds"], left=2)]
     for preset, granularity in methods:
         cells = [done.get((bits, preset, granularity), {}) for bits in columns]
@@ -242,8 +242,7 @@ def method_table(rows: Sequence[Row], sweep: Sweep) -> str:
         seconds = [row["measured"]["seconds"] for row in own_rows]
         shown = f"{statistics.fmean(seconds):.0f}" if seconds else ""
         values = [spread(list(top1(own).values())) for own in cells]
-        best = (preset, granularity) == best_of(sweep.cells[0].network.label)
-        names = ("`best-fast`", "") if best else (f"`{preset}`", granularity or "–")
+        names = ("`best-fast`", "") if (preset, granularity) == best else (f"`{preset}`", granularity or "–")
         lines.append(line([*names, *values, shown]))
     return "\n".join(lines)
 
@@ -325,12 +324,12 @@ def list_table(rows: Sequence[Row]) -> str:
 
 def full_table(rows: Sequence[Row], reduced: Sequence[Row]) -> str:
     """Return top-1 at the presets' own steps, beside that of the same seed in the tables of few steps."""
-    reduced_of = {"qdrop": BASE_OF_BEST, "brecq": ("brecq-fast", "block")}
     few = {place_of(row): row for row in reduced}
     lines = [header(["Network", "W/A", "Method", "200 steps", "20,000 steps", "Gain"], left=3)]
     for row in sorted(rows, key=place_of):
         network, (bits, preset, _), seed = place_of(row)
-        beside = few.get((network, (bits, *reduced_of.get(preset, best_of(network))), seed))
+        reduced_of = {"qdrop": BASE_OF_BEST, "brecq": ("brecq-fast", "block"), "best": best_of(network)}
+        beside = few.get((network, (bits, *reduced_of[preset]), seed))
         found = row["measured"]["top1"]
         few_steps = None if beside is None else beside["measured"]["top1"]
         values = ("", "") if few_steps is None else (f"{few_steps:.2f}", signed(found - few_steps))
@@ -377,20 +376,21 @@ def draw_losses(figure: Figure, rows: Sequence[Row], bits: str) -> None:
     """Draw relative losses over modules, mean over seeds: the two bases, each with its granularities, and ``best``."""
     done = by_method(rows)
     panels = figure.subplots(1, len(BASES), sharey=True)
-    best = {best_of(row["cell"]["network"]["label"]) for row in rows}
     for axes, preset in zip(panels, BASES, strict=True):
-        shown = {(preset, granularity): granularity for granularity in ("block", *PLAINLY_MERGED)}
-        for method, label in (shown | {method: "best-fast" for method in best if method[0] == preset}).items():
-            own = done.get((bits, *method))
-            if own:
-                draw_curve(axes, [row["measured"]["relative_losses"] for row in own.values()], label)
+        for granularity in ("block", *PLAINLY_MERGED):
+            draw_curve(axes, done.get((bits, preset, granularity), {}).values(), granularity)
         axes.set_title(f"{preset}, {bits}", fontsize=10)
+    draw_curve(panels[0], best_rows(rows, bits), "best-fast")
     panels[0].set_ylabel("module loss / E‖f‖²")
     if panels[0].lines:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
 
 
-def draw_curve(axes: Axes, losses: Sequence[Mapping[str, float]], label: str) -> None:
+def draw_curve(axes: Axes, rows: Collection[Row], label: str) -> None:
+    """Draw relative losses over modules, mean over ``rows``; nothing where there are none."""
+    if not rows:
+        return
+    losses = [row["measured"]["relative_losses"] for row in rows]
     names = list(losses[0])
     means = [statistics.fmean(loss[name] for loss in losses) for name in names]
     axes.plot(range(len(names)), means, marker=".", linewidth=1.2, label=label)
