@@ -100,6 +100,13 @@ class TestGrid:
         sweep = sweep_of(tmp_path, *[table("[[grid]]", given) for given in (*grids, {"granularity": "loss"})])
         assert [c.method for c in sweep.cells] == ["nearest", "brecq / block", "brecq / loss, k = 2", "best / loss"]
 
+    def test_what_is_chosen_by_the_network_has_a_name(self, tmp_path: Path) -> None:
+        sweep = sweep_of(tmp_path, table("[grid]", {"overlap": ["auto", 1]}))
+        assert [c.method for c in sweep.cells] == [
+            "best / loss-descent, overlap = auto",
+            "best / loss-descent, overlap = 1",
+        ]
+
     def test_tables_are_settings_too(self, tmp_path: Path) -> None:
         recipe = "[recipe]\nsteps = 7\n[recipe.weights]\nsymmetric = true\n"
         recipe += '[[recipe.layers]]\npattern = "head"\nweight_bits = 8'
