@@ -158,7 +158,7 @@ def evidence_table(rows: Mapping[str, Sequence[Row]]) -> str:
         done = by_method(own)
         label, float_top1 = own[0]["cell"]["network"]["label"], f"{own[0]['float_top1']:.2f}"
         methods = [*usual.items(), best_of(label)]
-        for bits in ("W2A4", "W3A3", "W2A2"):
+        for bits in ("W4A4", "W2A4", "W3A3", "W2A2"):
             found = [spread(list(top1(done.get((bits, *method), {})).values())) for method in methods]
             if found[-1]:
                 lines.append(line([label, bits, float_top1, *found]))
