@@ -263,16 +263,19 @@ def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
     done = by_method(rows)
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
     best = best_of(sweep.cells[0].network.label)
-    others = {*PLAINLY_MERGED, best[1]}
-    merged = [((preset, "block"), (preset, own)) for preset, own in methods_of(sweep) if own in others]
-    lines = [header(["Base", "With", *columns], left=2)]
-    for base_method, other in [*merged, (BASE_OF_BEST, best)]:
-        shown = []
-        for bits in columns:
-            base, better = (top1(done.get((bits, *method), {})) for method in (base_method, other))
-            shown.append(gain(base, better, rows[0]["float_top1"] if rows else math.nan))
-        lines.append(line([f"`{base_method[0]}`", "`best-fast`" if other == best else other[1], *shown]))
-    return "\n".join(lines)
+    wanted = {*PLAINLY_MERGED, best[1]}
+    tables = []
+    for preset in BASES:
+        others = [method for method in methods_of(sweep) if method[0] == preset and method[1] in wanted]
+        lines = [header([f"On `{preset}`", *columns], left=1)]
+        for other in [*others, *([best] if preset == BASE_OF_BEST[0] else [])]:
+            shown = []
+            for bits in columns:
+                base, better = (top1(done.get((bits, *method), {})) for method in ((preset, "block"), other))
+                shown.append(gain(base, better, rows[0]["float_top1"] if rows else math.nan))
+            lines.append(line(["`best-fast`" if other == best else other[1], *shown]))
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def gain(base: Mapping[int, float], other: Mapping[int, float], float_top1: float) -> str:
@@ -285,8 +288,8 @@ def gain(base: Mapping[int, float], other: Mapping[int, float], float_top1: floa
         return ""
     mean, error = paired(base, other)
     drop = float_top1 - statistics.fmean(base[seed] for seed in seeds)
-    share = f", {100 * mean / drop:.0f} %" if drop > LEAST_POINTS else ""
-    text = f"{signed(mean)}{'' if math.isnan(error) else f' ± {error:.2f}'}{share}"
+    share = f", {100 * mean / drop:.0f} %".replace("-", "−") if drop > LEAST_POINTS else ""
+    text = f"{signed(mean, 1)}{'' if math.isnan(error) else f' ± {error:.1f}'}{share}"
     return f"**{text}**" if differs(mean, error) else text
 
 

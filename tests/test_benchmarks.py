@@ -104,8 +104,8 @@ class TestVerdicts:
 
     def test_one_seed_is_no_verdict(self, load: Any) -> None:
         page = load("bench_page")
-        assert page.gain({0: 50.0}, {0: 60.0}, 70.0) == "+10.00, 50 %"
-        assert page.gain({0: 50.0, 1: 52.0}, {0: 55.0, 1: 58.0}, 71.0) == "**+5.50 ± 0.50, 28 %**"
+        assert page.gain({0: 50.0}, {0: 60.0}, 70.0) == "+10.0, 50 %"
+        assert page.gain({0: 50.0, 1: 52.0}, {0: 55.0, 1: 58.0}, 71.0) == "**+5.5 ± 0.5, 28 %**"
         assert page.gain({0: 50.0}, {1: 60.0}, 70.0) == ""
 
 
