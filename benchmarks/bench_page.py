@@ -263,10 +263,9 @@ def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
     done = by_method(rows)
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
     best = best_of(sweep.cells[0].network.label)
-    wanted = {*PLAINLY_MERGED, best[1]}
-    tables = []
+    methods, tables = methods_of(sweep), []
     for preset in BASES:
-        others = [method for method in methods_of(sweep) if method[0] == preset and method[1] in wanted]
+        others = [(preset, own) for own in (*PLAINLY_MERGED, best[1]) if (preset, own) in methods]
         lines = [header([f"On `{preset}`", *columns], left=1)]
         for other in [*others, *([best] if preset == BASE_OF_BEST[0] else [])]:
             shown = []
