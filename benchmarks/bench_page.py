@@ -263,11 +263,12 @@ def merging_table(rows: Sequence[Row], sweep: Sweep) -> str:
     done = by_method(rows)
     columns = list(dict.fromkeys(cell.bits for cell in sweep.cells))
     best = best_of(sweep.cells[0].network.label)
-    methods, tables = methods_of(sweep), []
+    methods = methods_of(sweep)
+    tables = []
     for preset in BASES:
-        others = [(preset, own) for own in (*PLAINLY_MERGED, best[1]) if (preset, own) in methods]
+        merged = [(preset, own) for own in PLAINLY_MERGED if (preset, own) in methods]
         lines = [header([f"On `{preset}`", *columns], left=1)]
-        for other in [*others, *([best] if preset == BASE_OF_BEST[0] else [])]:
+        for other in [*merged, best]:
             shown = []
             for bits in columns:
                 base, better = (top1(done.get((bits, *method), {})) for method in ((preset, "block"), other))
@@ -287,8 +288,8 @@ def gain(base: Mapping[int, float], other: Mapping[int, float], float_top1: floa
         return ""
     mean, error = paired(base, other)
     drop = float_top1 - statistics.fmean(base[seed] for seed in seeds)
-    share = f", {100 * mean / drop:.0f} %".replace("-", "−") if drop > LEAST_POINTS else ""
-    text = f"{signed(mean, 1)}{'' if math.isnan(error) else f' ± {error:.1f}'}{share}"
+    share = f", {100 * mean / drop:.0f} %" if drop > LEAST_POINTS else ""
+    text = f"{mean:+.1f}{'' if math.isnan(error) else f' ± {error:.1f}'}{share}".replace("-", "−")
     return f"**{text}**" if differs(mean, error) else text
 
 

@@ -81,8 +81,8 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def signed(value: float, decimals: int = 2) -> str:
-    return f"{value:+.{decimals}f}".replace("-", "−")
+def signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def whole(value: float | None) -> str:

@@ -422,8 +422,8 @@ _SECTIONS: dict[str, type] = {
     "granularity": GranularityRecipe,
     "reconstruction": ReconstructionRecipe,
 }
-NULL_WORDS = {("activations", "bits"): "float", ("granularity", "overlap"): "auto"}
-"""None in a nullable setting, by section and name, as it is written where there is no null: in TOML."""
+# None in a nullable setting, as it is written in TOML, which has no null.
+_NULL_WORDS = {("activations", "bits"): "float", ("granularity", "overlap"): "auto"}
 
 
 def _demanded(backend: Any) -> dict[str, Any]:
@@ -468,8 +468,13 @@ def _value(section: str, name: str, value: Any) -> Any:
     """Turn plain data into the value of a field: lists into tuples, tables into overrides, null words into None."""
     if name == "layers" and isinstance(value, list | tuple):
         return tuple(v if isinstance(v, LayerOverride) else build(LayerOverride, v, "layers") for v in value)
-    null_word = NULL_WORDS.get((section, name))
+    null_word = _NULL_WORDS.get((section, name))
     return None if null_word is not None and value == null_word else _tuples(value)
+
+
+def written(section: str, name: str, value: Any) -> Any:
+    """Return the plain ``value`` of a setting as in a recipe file: None is a word there, or stays None."""
+    return _NULL_WORDS.get((section, name)) if value is None else value
 
 
 def _left_float(patterns: Any) -> tuple[LayerOverride, ...]:
@@ -530,7 +535,7 @@ def _toml(data: Mapping[str, Any]) -> str:
         if isinstance(table, dict):
             lines += ["", f"[{name}]"]
             for key, value in table.items():
-                value = NULL_WORDS.get((name, key)) if value is None else value
+                value = written(name, key, value)
                 lines += [] if value is None else [f"{key} = {_toml_value(value)}"]
     for override in data.get("layers", []):
         lines += ["", "[[layers]]"] + [f"{k} = {_toml_value(v)}" for k, v in override.items() if v not in (None, False)]

@@ -17,7 +17,7 @@ from quiesce.errors import DataError, ModelError, RecipeError, nearest_name
 from quiesce.files import flat
 from quiesce.models import RANDOM
 from quiesce.preprocess import OPTIONS
-from quiesce.recipe import DEFAULT_PRESET, NULL_WORDS, Recipe, build, check_kinds, locate
+from quiesce.recipe import DEFAULT_PRESET, Recipe, build, check_kinds, locate, written
 
 SECTIONS = ("data", "network", "grid", "recipe", "ray")
 DATA_KEYS = ("calibration", "evaluate", "images", "evaluate_images")
@@ -336,9 +336,7 @@ def _value(recipe: Recipe, key: str, point: Mapping[str, Any]) -> Any:
     section, name = locate(key)
     data = recipe.to_dict()
     part = data[section] if section else data
-    if part is None:
-        return None
-    return NULL_WORDS.get((section, name)) if part[name] is None else part[name]
+    return None if part is None else written(section, name, part[name])
 
 
 def _shown(value: Any) -> str:
