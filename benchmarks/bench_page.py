@@ -348,7 +348,7 @@ def convergence_table(rows: Sequence[Row], sweep: Sweep) -> str:
     """Return top-1 over the steps of a module."""
     curves = convergence(rows)
     steps = sorted({cell.recipe.reconstruction.steps for cell in sweep.cells if cell.recipe.reconstruction})
-    lines = [header(["Method", *[f"{step} steps" for step in steps]], left=1)]
+    lines = [header(["Method", *[f"{step:,} steps" for step in steps]], left=1)]
     for preset, curve in curves.items():
         lines.append(line([f"`{preset}`", *[spread(curve.get(step, [])) for step in steps]]))
     return "\n".join(lines)
