@@ -64,6 +64,7 @@ def test_what_a_reader_must_know_comes_with_every_run() -> None:
         "loss_curve": [],
         "reused": True,
         "returns": 0,
+        "undecided": None,
         "resumed": False,
         "micro_batch": None,
         "cuda_graph": None,

@@ -18,6 +18,8 @@ from quiesce.files import read_json
 from quiesce.outputs import write_text
 
 SCHEMA = 1
+UNDECIDED = 0.01
+"""Share of undecided roundings from which on a unit is told of."""
 Number = float | None
 
 
@@ -35,6 +37,8 @@ class UnitRecord:
     """True when the unit was taken over from the block pass instead of being optimized again."""
     returns: int = 0
     """Times that it went back some steps, as the loss was no longer finite, and on at a tenth of the rates."""
+    undecided: float | None = None
+    """Share of weights whose rounding was cut off before it was decided, more than a tenth of a step size away."""
     resumed: bool = False
     """True when the unit was optimized before the run was interrupted and begun again."""
     micro_batch: int | None = None
@@ -115,6 +119,10 @@ class Run:
     """Steps of a module in the short passes that decided what is merged; 0 where full passes did, or nothing was."""
     measuring_seconds: float = 0.0
     """Wall time of these passes, part of ``seconds``."""
+
+    def undecided_units(self) -> list[UnitRecord]:
+        """Return the units of which more than 1 % of the roundings were undecided when they were cut off."""
+        return [u for u in self.unit_records if u.undecided is not None and u.undecided > UNDECIDED]
 
 
 @dataclass

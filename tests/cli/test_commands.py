@@ -165,6 +165,16 @@ class TestQuantize:
         assert code == 0, err
         assert result.run.top1 is not None and f"{result.run.top1:.2f}" in out
 
+    def test_units_cut_off_undecided_are_told(self, place: Path, command: Command) -> None:
+        told = "units more than 1 % of the roundings were undecided when they were cut off, most in "
+        few = (*QUANTIZE, "--preset", "qdrop-fast", "--steps", "2", "--set", "batch_size=8")
+        code, out, err = command(*few, "--out", "few")
+        assert code == 0, err
+        run = Result.read(place / "few" / "result.json").run
+        assert run.undecided_units() and f"qdrop-fast block: in {len(run.undecided_units())} of" in out and told in out
+        code, out, err = command(*QUANTIZE, "--preset", "nearest", "--out", "nearest")
+        assert code == 0 and told not in out, err
+
     def test_layers_left_float_are_counted_with_their_reason(self, place: Path, command: Command) -> None:
         chosen = ("--preset", "nearest", "--leave-float", "type:linear", "--leave-float", "[35]")
         code, out, err = command(*QUANTIZE, *chosen, "--out", "out")

@@ -128,6 +128,7 @@ def test_every_module_is_a_unit_with_a_full_record(chain: Prepared) -> None:
     assert report.units == [[n] for n in NAMES] and done.groups == [[i] for i in range(6)]
     for name, record in zip(NAMES, report.unit_records, strict=True):
         assert record.modules == [name] and record.steps == 6 and record.seconds > 0 and not record.reused
+        assert record.undecided is not None and record.undecided > 0.1  # six steps decide little
         assert [step for step, _ in record.loss_curve] == [1, 2, 3, 4, 5, 6]
         assert all(value >= 0 for _, value in record.loss_curve)
     assert list(report.module_losses) == list(report.relative_losses) == NAMES

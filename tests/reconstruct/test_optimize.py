@@ -239,10 +239,10 @@ def test_the_regularizer_and_the_push_decide_the_rounding(chain: Prepared) -> No
     """With a strong λ or a push soft weights end where hardening leaves them: the last loss is the hardened unit's."""
     problem = problem_of(chain, 2)
     count = problem.targets[0].shape[0]
-    gaps = {}
+    gaps, undecided = {}, {}
     for weight, push in ((0.0, 0.0), (0.1, 0.0), (0.0, 5.0)):
         restore(chain.graph, chain.initial)
-        curve = optimize(
+        course = optimize(
             problem,
             settings_of("adaround", batch_size=count, rounding_lr=5e-2, decision_push=push),
             steps=150,
@@ -250,10 +250,13 @@ def test_the_regularizer_and_the_push_decide_the_rounding(chain: Prepared) -> No
             warm=(),
             seed=0,
             on_step=lambda: None,
-        ).curve
-        gaps[weight, push] = abs(loss_of(problem) - curve[-1][1]) / loss_of(problem)
+        )
+        gaps[weight, push] = abs(loss_of(problem) - course.curve[-1][1]) / loss_of(problem)
+        undecided[weight, push] = course.undecided
     assert gaps[0.1, 0.0] < 0.1 < gaps[0.0, 0.0]
     assert gaps[0.0, 5.0] < 0.1
+    assert undecided[0.1, 0.0] < 0.1 < undecided[0.0, 0.0]
+    assert undecided[0.0, 5.0] < 0.1
 
 
 def test_the_push_rises_over_the_last_fifth() -> None:

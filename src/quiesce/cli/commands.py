@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from quiesce.data import Samples
     from quiesce.preprocess import Preprocessing
     from quiesce.quantized import QuantizedModel
-    from quiesce.result import Result
+    from quiesce.result import Result, Run
     from quiesce.sweep.plan import Sweep
     from quiesce.sweep.table import Row
 
@@ -529,9 +529,22 @@ def _stored_preprocessing(quantized: QuantizedModel) -> Preprocessing | None:
 
 def _show_results(result: Result, out: Path) -> None:
     show(results_table(result))
+    _show_undecided(result.runs)
     _show_float_layers(result.float_layers)
     for path in sorted(out.iterdir()):
         show(str(path))
+
+
+def _show_undecided(runs: list[Run]) -> None:
+    for run in runs:
+        undecided = run.undecided_units()
+        if undecided:
+            share, worst = max((unit.undecided or 0.0, " + ".join(unit.modules)) for unit in undecided)
+            show(
+                f"{run.preset} {run.granularity}: in {len(undecided)} of {len(run.units)} units more than 1 % of the "
+                f"roundings were undecided when they were cut off, most in {worst} ({100 * share:.1f} %); give the "
+                "regularizer more weight (relative_regularizer = 300), or take more steps"
+            )
 
 
 def _show_float_layers(layers: dict[str, str]) -> None:

@@ -195,6 +195,7 @@ class _Walk:
                 seconds,
                 course.curve,
                 returns=course.returns,
+                undecided=course.undecided,
                 micro_batch=images,
                 cuda_graph=course.cuda_graph,
             )

@@ -50,6 +50,8 @@ class Course:
     """Pairs ``[step, loss]``: the reconstruction loss (no regularizer) averaged since the pair before."""
     returns: int = 0
     """Times it went back to an earlier step, as the loss was no longer finite."""
+    undecided: float = 0.0
+    """Share of weights whose rounding was still more than a tenth of a step size from an integer at the end."""
     cuda_graph: str | None = None
     """How steps were launched on a GPU: "captured", as a CUDA graph, or "eager", and why; None elsewhere."""
 
@@ -176,7 +178,9 @@ def _run(step: Step, order: Order, residents: Residents | None, on_step: Callabl
             step.schedule.slow_down(SLOWER)
             number = good
     launched = "captured" if isinstance(graph, StepGraph) else f"eager: {graph}"
-    return Course(_curve(losses), returns, launched if problem.device.type == "cuda" else None)
+    return Course(
+        _curve(losses), returns, step.learned.undecided(), launched if problem.device.type == "cuda" else None
+    )
 
 
 def _finite(tensors: list[Tensor]) -> bool:

@@ -69,6 +69,12 @@ class Learned:
     def weight_step_sizes(self) -> list[nn.Parameter]:
         return [r.step_sizes for r in self.roundings() if r.step_sizes is not None]
 
+    def undecided(self) -> float:
+        """Return the share of weights whose :meth:`~quiesce.quant.rounding.rounding.Rounding.undecided` counts."""
+        roundings = self.roundings()
+        number = sum(r.V.numel() for r in roundings)
+        return int(sum(r.undecided() for r in roundings)) / number if number else 0.0
+
     def harden(self) -> None:
         for quantizer in self.weights:
             quantizer.harden()

@@ -102,6 +102,19 @@ class TestContract:
         moved = rounding.V - before
         assert (moved * before >= 0).all() and (moved[3:] != 0).all()
 
+    def test_counts_what_is_further_than_a_tenth_from_a_decision(self, name: str, spec: QuantizationSpec) -> None:
+        weight = torch.randn(6, 10)
+        rounding = ROUNDINGS[name](weight, spec, *grid(weight, spec))
+        h = torch.full((60,), 0.05)
+        h[:20] = torch.linspace(0.11, 0.89, 20)
+        h[20:40] = 0.95
+        with torch.no_grad():
+            rounding.V.copy_(torch.logit((h + 0.1) / 1.2).view(6, 10))
+        assert rounding.undecided().item() == 20
+        with torch.no_grad():
+            rounding.V.mul_(100.0)
+        assert rounding.undecided().item() == 0
+
     def test_a_warm_start_hardens_to_what_it_started_from(self, name: str, spec: QuantizationSpec) -> None:
         weight = torch.randn(6, 10)
         scale, zero_point = grid(weight, spec)

@@ -69,6 +69,11 @@ class AdaRound(Rounding):
         self.V.copy_(penalty_gradient(self.V, self.V, torch.full_like(amount, 2.0), -amount, fused=self.fused))
 
     @torch.no_grad()
+    def undecided(self) -> Tensor:
+        h = soft_rounding(self.V)
+        return (torch.minimum(h, 1.0 - h) > 0.1).sum()
+
+    @torch.no_grad()
     def harden(self) -> Tensor:
         """Return the integers: up where V ≥ 0 (h ≥ ½), down elsewhere."""
         integers = self.base + (self.V >= 0)

@@ -50,6 +50,10 @@ class Rounding(nn.Module, ABC):
     def push(self, amount: Tensor) -> None:
         """Move ``V`` against ``amount`` (0-dim) times the gradient of :meth:`regularizer` at β = 2: to a decision."""
 
+    @abstractmethod
+    def undecided(self) -> Tensor:
+        """Return how many weights (0-dim) are more than a tenth of a step size from the integer decided for."""
+
     def learned_scale(self, scale: Tensor) -> Tensor:
         """Return the scale decided for; ``scale`` is the one that the rounding was made with, and has its shape."""
         return scale
