@@ -166,7 +166,7 @@ class TestQuantize:
         assert result.run.top1 is not None and f"{result.run.top1:.2f}" in out
 
     def test_units_cut_off_undecided_are_told(self, place: Path, command: Command) -> None:
-        told = "units more than 1 % of the roundings were undecided when they were cut off, most in "
+        told = "units more than 5 % of the roundings were undecided when they were cut off, most in "
         few = (*QUANTIZE, "--preset", "qdrop-fast", "--steps", "2", "--set", "batch_size=8")
         code, out, err = command(*few, "--out", "few")
         assert code == 0, err

@@ -176,10 +176,10 @@ def test_different_module_sets(result):
 
 def test_units_cut_off_undecided_are_named(result):
     assert "undecided when they were cut off" not in render(result)
-    result.run.unit_records[0].undecided = 0.01
+    result.run.unit_records[0].undecided = 0.05
     result.run.unit_records[1].undecided = 0.0684
     told = render(result)
-    assert f"In 1 of {len(result.run.unit_records)} units more than 1 % of the roundings were undecided" in told
+    assert f"In 1 of {len(result.run.unit_records)} units more than 5 % of the roundings were undecided" in told
     assert f"{result.run.unit_records[1].modules[0]} 6.8 %." in told
 
 

@@ -541,7 +541,7 @@ def _show_undecided(runs: list[Run]) -> None:
         if undecided:
             share, worst = max((unit.undecided or 0.0, " + ".join(unit.modules)) for unit in undecided)
             show(
-                f"{run.preset} {run.granularity}: in {len(undecided)} of {len(run.units)} units more than 1 % of the "
+                f"{run.preset} {run.granularity}: in {len(undecided)} of {len(run.units)} units more than 5 % of the "
                 f"roundings were undecided when they were cut off, most in {worst} ({100 * share:.1f} %); give the "
                 "regularizer more weight (relative_regularizer = 300), or take more steps"
             )
