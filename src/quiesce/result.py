@@ -19,7 +19,7 @@ from quiesce.outputs import write_text
 
 SCHEMA = 1
 UNDECIDED = 0.05
-"""Share of undecided roundings from which on a unit is told of."""
+"""Share of undecided roundings above which a unit is told of."""
 Number = float | None
 
 
@@ -121,7 +121,7 @@ class Run:
     """Wall time of these passes, part of ``seconds``."""
 
     def undecided_units(self) -> list[UnitRecord]:
-        """Return the units of which more than 5 % of the roundings were undecided when they were cut off."""
+        """Return the units that cut off more than :data:`UNDECIDED` of their roundings undecided."""
         return [u for u in self.unit_records if u.undecided is not None and u.undecided > UNDECIDED]
 
 

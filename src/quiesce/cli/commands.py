@@ -536,14 +536,17 @@ def _show_results(result: Result, out: Path) -> None:
 
 
 def _show_undecided(runs: list[Run]) -> None:
+    from quiesce.result import UNDECIDED
+
     for run in runs:
         undecided = run.undecided_units()
         if undecided:
             share, worst = max((unit.undecided or 0.0, " + ".join(unit.modules)) for unit in undecided)
             show(
-                f"{run.preset} {run.granularity}: in {len(undecided)} of {len(run.units)} units more than 5 % of the "
-                f"roundings were undecided when they were cut off, most in {worst} ({100 * share:.1f} %); give the "
-                "regularizer more weight (relative_regularizer = 300), or take more steps"
+                f"{run.preset} {run.granularity}: in {len(undecided)} of {len(run.unit_records)} units more than "
+                f"{100 * UNDECIDED:g} % of the roundings were undecided when they were cut off, most in {worst} "
+                f"({100 * share:.1f} %); give the regularizer more weight (relative_regularizer = 300), or take more "
+                "steps"
             )
 
 

@@ -177,10 +177,10 @@ def _run(step: Step, order: Order, residents: Residents | None, on_step: Callabl
                 )
             step.schedule.slow_down(SLOWER)
             number = good
-    launched = "captured" if isinstance(graph, StepGraph) else f"eager: {graph}"
-    return Course(
-        _curve(losses), returns, step.learned.undecided(), launched if problem.device.type == "cuda" else None
-    )
+    launched = None
+    if problem.device.type == "cuda":
+        launched = "captured" if isinstance(graph, StepGraph) else f"eager: {graph}"
+    return Course(_curve(losses), returns, step.learned.undecided(), launched)
 
 
 def _finite(tensors: list[Tensor]) -> bool:

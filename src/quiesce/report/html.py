@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quiesce.errors import FileFormatError, OutputError
 from quiesce.report import plots
-from quiesce.result import Result, Run
+from quiesce.result import UNDECIDED, Result, Run
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -52,6 +52,7 @@ def render(result: Result) -> str:
         loss_figure=figure(plots.loss_over_modules),
         capacity_figure=figure(plots.capacities),
         unit_figure=figure(plots.unit_losses),
+        most_undecided=UNDECIDED,
         module_order=plots.module_order,
         merge_outcomes=plots.merge_outcomes,
         drop=drop,
